@@ -1,0 +1,42 @@
+"""The error a user can cure, and the way every program reports it."""
+
+import sys
+from collections.abc import Callable
+
+from absl import app, flags
+
+
+class UserError(Exception):
+    """Bad input: one line that names the culprit and the cure."""
+
+
+def run_program(main: Callable[[list[str]], None]) -> None:
+    """Parses the flags and runs `main(argv)`, reporting bad input in one line.
+
+    Exits with 2 for a flag or a config key that cannot be used, with 1 for any other `UserError`
+    and with 130 when interrupted. Other exceptions are defects and keep their traceback.
+    """
+    try:
+        app.run(main, flags_parser=_parse_flags)
+    except UserError as error:
+        _exit(f"error: {error}", 1)
+    except KeyboardInterrupt:
+        _exit("interrupted", 130)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    try:
+        remaining = flags.FLAGS(argv)
+    except (flags.Error, UserError) as error:
+        _exit(f"error: {error}", 2)
+    if len(remaining) > 1:
+        _exit(f"error: unexpected argument {remaining[1]!r}; flags are --NAME=VALUE", 2)
+    # absl raises the verbosity to INFO otherwise, and libraries bury the program's own lines.
+    if flags.FLAGS["verbosity"].using_default_value:
+        flags.FLAGS.verbosity = -1
+    return remaining
+
+
+def _exit(message: str, status: int) -> None:
+    print(" ".join(message.split()), file=sys.stderr, flush=True)
+    sys.exit(status)
