@@ -1,0 +1,110 @@
+"""The UNet's transformer: self-attention, cross-attention to the prompt and a gated MLP."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from alignprop_jax.models.layers import (
+    Linear,
+    conv,
+    dot_product_attention,
+    exact_gelu,
+    group_norm,
+    layer_norm,
+)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of x over `context`, or over itself where there is none."""
+
+    channels: int
+    num_heads: int
+    use_bias: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b q c"], context: Float[Array, "b k d"] | None = None
+    ) -> Float[Array, "b q c"]:
+        context = x if context is None else context
+        query = Linear(self.channels, self.use_bias, self.dtype, name="to_q")(x)
+        key = Linear(self.channels, self.use_bias, self.dtype, name="to_k")(context)
+        value = Linear(self.channels, self.use_bias, self.dtype, name="to_v")(context)
+        out = dot_product_attention(query, key, value, self.num_heads)
+        return Linear(self.channels, dtype=self.dtype, name="to_out.0")(out)
+
+
+class GEGLU(nn.Module):
+    """One half of a projection gated by the GELU of the other (Shazeer, 2020)."""
+
+    features: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b l c"]) -> Float[Array, "b l f"]:
+        projected = Linear(2 * self.features, dtype=self.dtype, name="proj")(x)
+        value, gate = jnp.split(projected, 2, axis=-1)
+        return value * exact_gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """The gated MLP, four times as wide inside."""
+
+    channels: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b l c"]) -> Float[Array, "b l c"]:
+        hidden = GEGLU(4 * self.channels, self.dtype, name="net.0")(x)
+        return Linear(self.channels, dtype=self.dtype, name="net.2")(hidden)
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm self-attention, cross-attention and MLP, each with a residual."""
+
+    channels: int
+    num_heads: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b l c"], context: Float[Array, "b k d"]
+    ) -> Float[Array, "b l c"]:
+        def norm(name):
+            return layer_norm(1e-5, name, self.dtype)
+
+        def attention(name):
+            return Attention(self.channels, self.num_heads, dtype=self.dtype, name=name)
+
+        x = x + attention("attn1")(norm("norm1")(x))
+        x = x + attention("attn2")(norm("norm2")(x), context)
+        return x + FeedForward(self.channels, self.dtype, name="ff")(norm("norm3")(x))
+
+
+class Transformer2D(nn.Module):
+    """A stack of transformer blocks over the pixels of a feature map, with a residual around it."""
+
+    num_heads: int
+    num_layers: int
+    num_groups: int
+    use_linear_projection: bool
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b h w c"], context: Float[Array, "b k d"]
+    ) -> Float[Array, "b h w c"]:
+        batch, height, width, channels = x.shape
+
+        def project(name, y):
+            if self.use_linear_projection:
+                return Linear(channels, dtype=self.dtype, name=name)(y)
+            return conv(channels, 1, name, self.dtype)(y)
+
+        y = project("proj_in", group_norm(self.num_groups, 1e-6, "norm", self.dtype)(x))
+        y = y.reshape(batch, height * width, channels)
+        for i in range(self.num_layers):
+            y = TransformerBlock(
+                channels, self.num_heads, self.dtype, name=f"transformer_blocks.{i}"
+            )(y, context)
+        return x + project("proj_out", y.reshape(batch, height, width, channels))

@@ -1,0 +1,65 @@
+"""Residual blocks and resampling, shared by the UNet and the autoencoder."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from alignprop_jax.models.layers import Linear, conv, group_norm
+
+
+class ResnetBlock(nn.Module):
+    """Two convolutions with a residual; a time embedding, where given, is added between them."""
+
+    features: int
+    num_groups: int
+    epsilon: float
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b h w i"], time_embedding: Float[Array, "b t"] | None = None
+    ) -> Float[Array, "b h w o"]:
+        y = jax.nn.silu(group_norm(self.num_groups, self.epsilon, "norm1", self.dtype)(x))
+        y = conv(self.features, 3, "conv1", self.dtype)(y)
+        if time_embedding is not None:
+            shift = Linear(self.features, dtype=self.dtype, name="time_emb_proj")(
+                jax.nn.silu(time_embedding)
+            )
+            y += shift[:, None, None, :]
+        y = jax.nn.silu(group_norm(self.num_groups, self.epsilon, "norm2", self.dtype)(y))
+        y = conv(self.features, 3, "conv2", self.dtype)(y)
+        if x.shape[-1] != self.features:
+            x = conv(self.features, 1, "conv_shortcut", self.dtype)(x)
+        return x + y
+
+
+class Downsample(nn.Module):
+    """Halves height and width by a strided convolution.
+
+    `pad_end_only` is the autoencoder's variant, which pads the bottom and the right edge alone.
+    """
+
+    features: int
+    pad_end_only: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+        padding = ((0, 1), (0, 1)) if self.pad_end_only else 1
+        return conv(self.features, 3, "conv", self.dtype, stride=2, padding=padding)(x)
+
+
+class Upsample(nn.Module):
+    """Doubles height and width by repeating pixels, then convolves."""
+
+    features: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+        batch, height, width, channels = x.shape
+        x = jnp.broadcast_to(
+            x[:, :, None, :, None, :], (batch, height, 2, width, 2, channels)
+        ).reshape(batch, 2 * height, 2 * width, channels)
+        return conv(self.features, 3, "conv", self.dtype)(x)

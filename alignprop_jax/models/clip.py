@@ -1,0 +1,289 @@
+"""CLIP's text and vision towers (Radford et al., 2021, arXiv 2103.00020)."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from alignprop_jax.errors import UserError
+from alignprop_jax.models.layers import ACTIVATIONS, Linear, dot_product_attention, layer_norm
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """What the two towers have in common."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    hidden_act: str
+    layer_norm_eps: float
+
+    @staticmethod
+    def read(config: Mapping[str, Any], hidden_size: int, num_heads: int) -> dict[str, Any]:
+        """The common fields of a transformers config, whose files may leave out defaults."""
+        activation = config.get("hidden_act", "quick_gelu")
+        if activation not in ACTIVATIONS:
+            raise UserError(
+                f"CLIP: config.json has hidden_act={activation!r}, "
+                f"which is not one of {', '.join(ACTIVATIONS)}"
+            )
+        hidden_size = config.get("hidden_size", hidden_size)
+        return dict(
+            hidden_size=hidden_size,
+            intermediate_size=config.get("intermediate_size", 4 * hidden_size),
+            num_layers=config.get("num_hidden_layers", 12),
+            num_heads=config.get("num_attention_heads", num_heads),
+            hidden_act=activation,
+            layer_norm_eps=config.get("layer_norm_eps", 1e-5),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPTextConfig(TransformerConfig):
+    vocab_size: int
+    max_length: int
+    eos_token_id: int
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> "CLIPTextConfig":
+        """Reads transformers' CLIPTextConfig."""
+        return cls(
+            **cls.read(config, hidden_size=512, num_heads=8),
+            vocab_size=config.get("vocab_size", 49408),
+            max_length=config.get("max_position_embeddings", 77),
+            eos_token_id=config.get("eos_token_id", 49407),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPVisionConfig(TransformerConfig):
+    image_size: int
+    patch_size: int
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> "CLIPVisionConfig":
+        """Reads transformers' CLIPVisionConfig."""
+        return cls(
+            **cls.read(config, hidden_size=768, num_heads=12),
+            image_size=config.get("image_size", 224),
+            patch_size=config.get("patch_size", 32),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPConfig:
+    text: CLIPTextConfig
+    vision: CLIPVisionConfig
+    projection_dim: int
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> "CLIPConfig":
+        """Reads transformers' CLIPConfig."""
+        return cls(
+            text=CLIPTextConfig.from_dict(config.get("text_config") or {}),
+            vision=CLIPVisionConfig.from_dict(config.get("vision_config") or {}),
+            projection_dim=config.get("projection_dim", 512),
+        )
+
+
+class SelfAttention(nn.Module):
+    config: TransformerConfig
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b l d"], mask: Bool[Array, "l l"] | None
+    ) -> Float[Array, "b l d"]:
+        query, key, value = (
+            Linear(self.config.hidden_size, dtype=self.dtype, name=name)(x)
+            for name in ("q_proj", "k_proj", "v_proj")
+        )
+        out = dot_product_attention(query, key, value, self.config.num_heads, mask)
+        return Linear(self.config.hidden_size, dtype=self.dtype, name="out_proj")(out)
+
+
+class MLP(nn.Module):
+    config: TransformerConfig
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
+        hidden = Linear(self.config.intermediate_size, dtype=self.dtype, name="fc1")(x)
+        hidden = ACTIVATIONS[self.config.hidden_act](hidden)
+        return Linear(self.config.hidden_size, dtype=self.dtype, name="fc2")(hidden)
+
+
+class EncoderLayer(nn.Module):
+    """Pre-norm self-attention and MLP, each with a residual."""
+
+    config: TransformerConfig
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b l d"], mask: Bool[Array, "l l"] | None
+    ) -> Float[Array, "b l d"]:
+        def norm(name):
+            return layer_norm(self.config.layer_norm_eps, name, self.dtype)
+
+        x = x + SelfAttention(self.config, self.dtype, name="self_attn")(
+            norm("layer_norm1")(x), mask
+        )
+        return x + MLP(self.config, self.dtype, name="mlp")(norm("layer_norm2")(x))
+
+
+class Encoder(nn.Module):
+    config: TransformerConfig
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b l d"], mask: Bool[Array, "l l"] | None = None
+    ) -> Float[Array, "b l d"]:
+        for i in range(self.config.num_layers):
+            x = EncoderLayer(self.config, self.dtype, name=f"layers.{i}")(x, mask)
+        return x
+
+
+class TextEmbeddings(nn.Module):
+    config: CLIPTextConfig
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, input_ids: Int[Array, "b l"]) -> Float[Array, "b l d"]:
+        config = self.config
+        tokens = nn.Embed(
+            config.vocab_size, config.hidden_size, dtype=self.dtype, name="token_embedding"
+        )
+        positions = nn.Embed(
+            config.max_length, config.hidden_size, dtype=self.dtype, name="position_embedding"
+        )
+        return tokens(input_ids) + positions(jnp.arange(input_ids.shape[1]))[None]
+
+
+class TextTransformer(nn.Module):
+    """The causal text tower: last hidden states, and the state at the end of the text."""
+
+    config: CLIPTextConfig
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, input_ids: Int[Array, "b l"]
+    ) -> tuple[Float[Array, "b l d"], Float[Array, "b d"]]:
+        config = self.config
+        length = input_ids.shape[1]
+        causal = jnp.tri(length, dtype=bool)
+        x = TextEmbeddings(config, self.dtype, name="embeddings")(input_ids)
+        x = Encoder(config, self.dtype, name="encoder")(x, causal)
+        x = layer_norm(config.layer_norm_eps, "final_layer_norm", self.dtype)(x)
+        if config.eos_token_id == 2:
+            # OpenAI's files carry this id by mistake; their end of text is the highest id there is.
+            end = jnp.argmax(input_ids, axis=-1)
+        else:
+            end = jnp.argmax(input_ids == config.eos_token_id, axis=-1)
+        return x, jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
+
+
+class VisionEmbeddings(nn.Module):
+    config: CLIPVisionConfig
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, pixel_values: Float[Array, "b h w c"]) -> Float[Array, "b l d"]:
+        config = self.config
+        patches = nn.Conv(
+            config.hidden_size,
+            (config.patch_size, config.patch_size),
+            strides=config.patch_size,
+            padding="VALID",
+            use_bias=False,
+            dtype=self.dtype,
+            name="patch_embedding",
+        )(pixel_values)
+        batch, height, width, channels = patches.shape
+        patches = patches.reshape(batch, height * width, channels)
+        class_embedding = self.param(
+            "class_embedding", nn.initializers.normal(0.02), (config.hidden_size,)
+        )
+        first = jnp.broadcast_to(
+            class_embedding.astype(self.dtype)[None, None], (batch, 1, channels)
+        )
+        x = jnp.concatenate([first, patches], axis=1)
+        positions = nn.Embed(
+            (config.image_size // config.patch_size) ** 2 + 1,
+            config.hidden_size,
+            dtype=self.dtype,
+            name="position_embedding",
+        )
+        return x + positions(jnp.arange(x.shape[1]))[None]
+
+
+class VisionTransformer(nn.Module):
+    """The vision tower: last hidden states, and the normalised state of the class token."""
+
+    config: CLIPVisionConfig
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, pixel_values: Float[Array, "b h w c"]
+    ) -> tuple[Float[Array, "b l d"], Float[Array, "b d"]]:
+        epsilon = self.config.layer_norm_eps
+        x = VisionEmbeddings(self.config, self.dtype, name="embeddings")(pixel_values)
+        # The misspelling is the weights' own.
+        x = layer_norm(epsilon, "pre_layrnorm", self.dtype)(x)
+        x = Encoder(self.config, self.dtype, name="encoder")(x)
+        return x, layer_norm(epsilon, "post_layernorm", self.dtype)(x[:, 0])
+
+
+class CLIPTextModel(nn.Module):
+    """The text tower alone: what conditions Stable Diffusion."""
+
+    config: CLIPTextConfig
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, input_ids: Int[Array, "b l"]
+    ) -> tuple[Float[Array, "b l d"], Float[Array, "b d"]]:
+        return TextTransformer(self.config, self.dtype, name="text_model")(input_ids)
+
+
+class CLIPModel(nn.Module):
+    """Both towers, with projections into the space where they are compared."""
+
+    config: CLIPConfig
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        config = self.config
+        self.text_model = TextTransformer(config.text, self.dtype)
+        self.vision_model = VisionTransformer(config.vision, self.dtype)
+        self.text_projection = Linear(config.projection_dim, use_bias=False, dtype=self.dtype)
+        self.visual_projection = Linear(config.projection_dim, use_bias=False, dtype=self.dtype)
+        # The logarithm of the inverse temperature, 1 / 0.07 at first (Radford et al., section 2.3).
+        self.logit_scale = self.param("logit_scale", nn.initializers.constant(2.6592), ())
+
+    def get_text_features(self, input_ids: Int[Array, "b l"]) -> Float[Array, "b p"]:
+        """Text embeddings, not normalised."""
+        return self.text_projection(self.text_model(input_ids)[1])
+
+    def get_image_features(self, pixel_values: Float[Array, "b h w c"]) -> Float[Array, "b p"]:
+        """Embeddings of images that were resized and normalised for CLIP; not normalised themselves."""
+        return self.visual_projection(self.vision_model(pixel_values)[1])
+
+    def __call__(
+        self, input_ids: Int[Array, "t l"], pixel_values: Float[Array, "i h w c"]
+    ) -> Float[Array, "i t"]:
+        """exp(logit_scale) times the cosine between every image and every text."""
+        text = self.get_text_features(input_ids)
+        image = self.get_image_features(pixel_values)
+        text /= jnp.linalg.norm(text, axis=-1, keepdims=True)
+        image /= jnp.linalg.norm(image, axis=-1, keepdims=True)
+        return jnp.exp(self.logit_scale) * image @ text.T

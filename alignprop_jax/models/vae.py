@@ -1,0 +1,204 @@
+"""The autoencoder that takes images to latents and back (Rombach et al., 2022, arXiv 2112.10752)."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from alignprop_jax.models.blocks import Downsample, ResnetBlock, Upsample
+from alignprop_jax.models.config_json import refuse_unsupported
+from alignprop_jax.models.layers import Linear, conv, dot_product_attention, group_norm
+
+# The autoencoder's norms use this epsilon; its files do not record it.
+_EPSILON = 1e-6
+_SUPPORTED = {
+    "act_fn": ("silu", "swish"),
+    "latents_mean": (None,),
+    "latents_std": (None,),
+    "mid_block_add_attention": (True,),
+    "shift_factor": (None,),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class VAEConfig:
+    """The architecture, `channels` from the highest resolution to the lowest."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    latent_channels: int = 4
+    norm_num_groups: int = 32
+    scaling_factor: float = 0.18215
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> "VAEConfig":
+        """Reads diffusers' AutoencoderKL config.json; UserError where it is not supported."""
+        refuse_unsupported(config, _SUPPORTED, "VAE")
+        for key, only in (
+            ("down_block_types", "DownEncoderBlock2D"),
+            ("up_block_types", "UpDecoderBlock2D"),
+        ):
+            for block in config.get(key, ()):
+                refuse_unsupported({key: block}, {key: (only,)}, "VAE")
+        return cls(
+            in_channels=config.get("in_channels", 3),
+            out_channels=config.get("out_channels", 3),
+            channels=tuple(config["block_out_channels"]),
+            layers_per_block=config.get("layers_per_block", 1),
+            latent_channels=config.get("latent_channels", 4),
+            norm_num_groups=config.get("norm_num_groups", 32),
+            scaling_factor=config.get("scaling_factor", 0.18215),
+            use_quant_conv=config.get("use_quant_conv", True),
+            use_post_quant_conv=config.get("use_post_quant_conv", True),
+        )
+
+    @property
+    def downscale(self) -> int:
+        """Pixels along a side for each latent."""
+        return 2 ** (len(self.channels) - 1)
+
+
+class PixelAttention(nn.Module):
+    """Single-head self-attention over the pixels of a feature map, with a residual."""
+
+    num_groups: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        batch, height, width, channels = x.shape
+        y = group_norm(self.num_groups, _EPSILON, "group_norm", self.dtype)(x)
+        y = y.reshape(batch, height * width, channels)
+        query, key, value = (
+            Linear(channels, dtype=self.dtype, name=name)(y) for name in ("to_q", "to_k", "to_v")
+        )
+        y = dot_product_attention(query, key, value, num_heads=1)
+        y = Linear(channels, dtype=self.dtype, name="to_out.0")(y)
+        return x + y.reshape(x.shape)
+
+
+class MidBlock(nn.Module):
+    config: VAEConfig
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        groups = self.config.norm_num_groups
+        x = ResnetBlock(x.shape[-1], groups, _EPSILON, self.dtype, name="resnets.0")(x)
+        x = PixelAttention(groups, self.dtype, name="attentions.0")(x)
+        return ResnetBlock(x.shape[-1], groups, _EPSILON, self.dtype, name="resnets.1")(x)
+
+
+class EncoderLevel(nn.Module):
+    """Residual blocks of one resolution, downsampled at the end unless it is the lowest."""
+
+    config: VAEConfig
+    level: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h2 w2 o"]:
+        config = self.config
+        features = config.channels[self.level]
+        for i in range(config.layers_per_block):
+            x = ResnetBlock(
+                features, config.norm_num_groups, _EPSILON, self.dtype, name=f"resnets.{i}"
+            )(x)
+        if self.level + 1 < len(config.channels):
+            x = Downsample(features, pad_end_only=True, dtype=self.dtype, name="downsamplers.0")(x)
+        return x
+
+
+class DecoderLevel(nn.Module):
+    """Residual blocks of one resolution, upsampled at the end unless it is the highest."""
+
+    config: VAEConfig
+    level: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h2 w2 o"]:
+        config = self.config
+        features = config.channels[self.level]
+        for i in range(config.layers_per_block + 1):
+            x = ResnetBlock(
+                features, config.norm_num_groups, _EPSILON, self.dtype, name=f"resnets.{i}"
+            )(x)
+        if self.level > 0:
+            x = Upsample(features, self.dtype, name="upsamplers.0")(x)
+        return x
+
+
+class Encoder(nn.Module):
+    config: VAEConfig
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b H W c"]) -> Float[Array, "b h w o"]:
+        config = self.config
+        x = conv(config.channels[0], 3, "conv_in", self.dtype)(x)
+        for level in range(len(config.channels)):
+            x = EncoderLevel(config, level, self.dtype, name=f"down_blocks.{level}")(x)
+        x = MidBlock(config, self.dtype, name="mid_block")(x)
+        x = group_norm(config.norm_num_groups, _EPSILON, "conv_norm_out", self.dtype)(x)
+        return conv(2 * config.latent_channels, 3, "conv_out", self.dtype)(jax.nn.silu(x))
+
+
+class Decoder(nn.Module):
+    config: VAEConfig
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, z: Float[Array, "b h w z"]) -> Float[Array, "b H W c"]:
+        config = self.config
+        x = conv(config.channels[-1], 3, "conv_in", self.dtype)(z)
+        x = MidBlock(config, self.dtype, name="mid_block")(x)
+        for i, level in enumerate(reversed(range(len(config.channels)))):
+            x = DecoderLevel(config, level, self.dtype, name=f"up_blocks.{i}")(x)
+        x = group_norm(config.norm_num_groups, _EPSILON, "conv_norm_out", self.dtype)(x)
+        return conv(config.out_channels, 3, "conv_out", self.dtype)(jax.nn.silu(x))
+
+
+class AutoencoderKL(nn.Module):
+    """Images in [-1, 1] to the mean and log-variance of latents, and latents to images."""
+
+    config: VAEConfig
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        config = self.config
+        self.encoder = Encoder(config, self.dtype)
+        self.decoder = Decoder(config, self.dtype)
+        if config.use_quant_conv:
+            moments = 2 * config.latent_channels
+            self.quant_conv = conv(moments, 1, None, self.dtype)
+        if config.use_post_quant_conv:
+            self.post_quant_conv = conv(config.latent_channels, 1, None, self.dtype)
+
+    def encode(
+        self, x: Float[Array, "b H W c"]
+    ) -> tuple[Float[Array, "b h w z"], Float[Array, "b h w z"]]:
+        """Mean and log-variance of the latents, before the scaling factor."""
+        moments = self.encoder(x)
+        if self.config.use_quant_conv:
+            moments = self.quant_conv(moments)
+        mean, log_variance = jnp.split(moments, 2, axis=-1)
+        return mean, jnp.clip(log_variance, -30.0, 20.0)
+
+    def decode(self, z: Float[Array, "b h w z"]) -> Float[Array, "b H W c"]:
+        """The image of latents that were already divided by the scaling factor."""
+        if self.config.use_post_quant_conv:
+            z = self.post_quant_conv(z)
+        return self.decoder(z)
+
+    def __call__(self, x: Float[Array, "b H W c"]) -> Float[Array, "b H W c"]:
+        """Reconstructs from the mean: what init() needs to see every parameter."""
+        return self.decode(self.encode(x)[0])
