@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Runs the tests on this machine's CPU, with what is given passed on to pytest:
+#
+#   bash launch/test.sh [-k WORDS | -m slow | tests/test_FILE.py ...]
+#
+# Sets up .venv first, with PyTorch and diffusers, which the tests compare with.
+
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+prepare_environment test
+export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
+exec "$python" -m pytest "$@"
