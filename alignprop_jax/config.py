@@ -1,0 +1,284 @@
+"""What a run can be told: every key with its default, and the checks on their values."""
+
+import difflib
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, FieldReference, config_flags
+
+from alignprop_jax.errors import UserError
+
+_CHOICES = {
+    "algorithm": ("alignprop",),
+    "loss.shape": ("target", "one_minus", "negative"),
+    "truncation.strategy": ("full", "fixed", "uniform", "gaussian", "per_step"),
+    "remat": ("none", "step"),
+    "dtype": ("float32", "bfloat16"),
+}
+_POSITIVE = (
+    "loss.scale",
+    "sampler.num_steps",
+    "lora.rank",
+    "lora.alpha",
+    "train.num_steps",
+    "train.batch_size",
+    "train.learning_rate",
+    "train.epsilon",
+    "train.max_grad_norm",
+    "evaluation.samples_per_prompt",
+    "checkpoint.keep",
+)
+_NOT_NEGATIVE = (
+    "train.weight_decay",
+    "train.seed",
+    "train.microbatch_size",
+    "evaluation.every",
+    "checkpoint.every",
+    "logging.image_every",
+)
+
+
+def default_config() -> ConfigDict:
+    """Returns every key with its default; a config file starts here and changes what it must."""
+    config = ConfigDict()
+    config.algorithm = "alignprop"
+    config.model = "emoji"  # a diffusers folder, a hub id, or emoji, the model in the package
+    config.prompts = "animals"  # prompts to train on: a built-in list or a text file, one a line
+    config.eval_prompts = "animals_unseen"  # prompts never trained on
+    config.negative_prompt = ""  # what guidance steers away from
+    # A registered name, path/to/file.py:function, or a dict of name -> weight.
+    config.reward = FieldReference("aesthetic", field_type=object)
+
+    config.aesthetic = ConfigDict()
+    config.aesthetic.clip = "emoji"  # folder of the CLIP whose image embedding is scored, or emoji
+    config.aesthetic.head = ""  # safetensors of the scoring head; empty: the one beside the CLIP
+
+    config.loss = ConfigDict()
+    config.loss.shape = "target"  # target: |target - reward|; one_minus: 1 - reward; negative
+    config.loss.target = 10.0
+    config.loss.scale = 1.0  # multiplies the loss
+
+    config.sampler = ConfigDict()
+    config.sampler.num_steps = 50  # denoising steps of a sample
+    config.sampler.guidance_scale = 5.0  # 1 turns guidance, and its half of the cost, off
+    config.sampler.eta = 0.0  # 0: deterministic DDIM, 1: as much noise as DDPM
+
+    config.truncation = ConfigDict()  # which denoising steps carry gradient
+    config.truncation.strategy = "uniform"  # full, fixed, uniform, gaussian, per_step
+    config.truncation.start = 0  # fixed: first step with gradient
+    config.truncation.mean = 42.0  # gaussian: of the first step with gradient
+    config.truncation.std = 5.0
+    config.truncation.min = 0  # uniform and per_step: range of the first step with gradient,
+    config.truncation.max = 49  # both ends included
+
+    config.lora = ConfigDict()
+    config.lora.rank = 4
+    config.lora.alpha = 4.0  # the update is alpha / rank * up @ down
+    config.lora.targets = ("to_q", "to_k", "to_v", "to_out.0")  # layers of every attention
+
+    config.train = ConfigDict()
+    config.train.num_steps = 100  # updates
+    config.train.batch_size = 8  # images an update, over all devices
+    config.train.microbatch_size = 0  # images in memory at a time; 0: the whole batch
+    config.train.learning_rate = 1e-3
+    config.train.weight_decay = 1e-4
+    config.train.beta1 = 0.9
+    config.train.beta2 = 0.999
+    config.train.epsilon = 1e-8
+    config.train.max_grad_norm = 1.0
+    config.train.seed = 0
+
+    config.evaluation = ConfigDict()
+    config.evaluation.every = 0  # updates between evaluations; 0: before and after only
+    config.evaluation.samples_per_prompt = 4
+
+    config.remat = "step"  # step: recompute each denoising step in the backward pass; none
+    config.dtype = "float32"  # of frozen weights and activations; LoRA is always float32
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every = 20  # updates between checkpoints; 0: at the end only
+    config.checkpoint.keep = 2  # newest checkpoints to keep
+
+    config.logging = ConfigDict()
+    config.logging.tensorboard = True
+    config.logging.wandb = False
+    config.logging.image_every = 0  # updates between picture previews; 0: none
+    return config
+
+
+def load_config(spec: str) -> ConfigDict:
+    """Returns `get_config(variant)` of the config file in `spec`, "file.py" or "file.py:variant".
+
+    Raises:
+      UserError: no such file, or it is no config file.
+    """
+    path, _, variant = spec.partition(":")
+    if not Path(path).is_file():
+        raise UserError(f"config file {path!r} not found; give --config=FILE.py[:VARIANT]")
+    module_spec = importlib.util.spec_from_file_location("alignprop_jax_config_file", path)
+    if module_spec is None:
+        raise UserError(f"config file {path!r} is not a Python file; give --config=FILE.py")
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+        config = module.get_config(variant) if variant else module.get_config()
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"config file {spec!r} fails: {type(error).__name__}: {error}") from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"get_config of {path!r} must return a ConfigDict, not {type(config)}")
+    return config
+
+
+def define_config_flag() -> flags.FlagHolder:
+    """Defines --config=FILE.py[:VARIANT] and --config.KEY=VALUE; unknown keys are refused."""
+    holder = config_flags.DEFINE_config_file("config", None, "FILE.py[:VARIANT] of the run")
+    flags.FLAGS["config"].parser = _ConfigParser()
+    flags.mark_flag_as_required("config")
+    return holder
+
+
+class _ConfigParser(flags.ArgumentParser):
+    """Loads the file and checks the names of the overrides before ml_collections applies them."""
+
+    def parse(self, path: str) -> ConfigDict:
+        config = load_config(path).lock()
+        for argument in sys.argv[1:]:
+            override = re.match(r"--?(?:no)?config\.([^=]+)", argument)
+            if override:
+                check_key(config, override[1])
+        return config
+
+
+def check_key(config: ConfigDict, key: str) -> None:
+    """Raises UserError unless dotted `key` is one of the config's."""
+    known = list(_leaves(config))
+    if key not in known:
+        raise UserError(f"unknown config key config.{key}{_suggestion(key, known)}")
+
+
+def validate(config: ConfigDict) -> None:
+    """Checks every value a run depends on.
+
+    Raises:
+      UserError: names the key, its value and what is allowed.
+    """
+    _check_names_and_types(config)
+    values = _leaves(config)
+    for key, allowed in _CHOICES.items():
+        _check(values[key] in allowed, key, values[key], f"one of {', '.join(allowed)}")
+    for key in _POSITIVE:
+        _check(values[key] > 0, key, values[key], "above 0")
+    for key in _NOT_NEGATIVE:
+        _check(values[key] >= 0, key, values[key], "0 or more")
+    for key in ("train.beta1", "train.beta2"):
+        _check(0 <= values[key] < 1, key, values[key], "in [0, 1)")
+    for key in ("model", "prompts", "eval_prompts", "reward"):
+        _check(bool(values[key]), key, values[key], "not empty")
+    _check(bool(config.lora.targets), "lora.targets", config.lora.targets, "not empty")
+    sampler = config.sampler
+    _check(0 <= sampler.eta <= 1, "sampler.eta", sampler.eta, "in [0, 1]")
+    _check(
+        sampler.guidance_scale >= 1, "sampler.guidance_scale", sampler.guidance_scale, "1 or more"
+    )
+    _check_truncation(config.truncation, sampler.num_steps)
+    microbatch_size, batch_size = config.train.microbatch_size, config.train.batch_size
+    _check(
+        microbatch_size == 0 or batch_size % microbatch_size == 0,
+        "train.microbatch_size",
+        microbatch_size,
+        f"a divisor of train.batch_size={batch_size}",
+    )
+
+
+def to_json(config: ConfigDict) -> str:
+    """Returns the resolved config as indented JSON."""
+    return json.dumps(_plain(config), indent=2) + "\n"
+
+
+def describe_changes(before: dict[str, Any], after: ConfigDict) -> list[str]:
+    """Returns "key: old -> new" for every dotted key whose value differs between two configs."""
+    before, after = _leaves(_plain(before)), _leaves(_plain(after))
+    return [
+        f"{key}: {before.get(key)} -> {after.get(key)}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    ]
+
+
+def _check_names_and_types(config: ConfigDict) -> None:
+    """A config file may set anything; only what default_config() has, as it has it, is a key."""
+    expected, actual = _leaves(default_config()), _leaves(config)
+    for key, value in actual.items():
+        if key not in expected:
+            raise UserError(f"unknown config key config.{key}{_suggestion(key, list(expected))}")
+        # bool is an int to Python, and an int is a fine float.
+        wanted = type(expected[key])
+        allowed = (str, dict) if key == "reward" else (float, int) if wanted is float else wanted
+        if not isinstance(value, allowed) or (wanted is not bool and isinstance(value, bool)):
+            names = "a name or a dict" if key == "reward" else f"of type {wanted.__name__}"
+            raise UserError(f"config.{key}={value!r} must be {names}")
+    for key in expected:
+        if key not in actual:
+            raise UserError(f"config.{key} is missing; start from default_config()")
+
+
+def _check_truncation(truncation: ConfigDict, num_steps: int) -> None:
+    if truncation.strategy == "fixed":
+        allowed = f"in [0, {num_steps - 1}] with sampler.num_steps={num_steps}"
+        _check(
+            0 <= truncation.start < num_steps, "truncation.start", truncation.start, allowed
+        )
+    elif truncation.strategy in ("uniform", "per_step"):
+        allowed = f"in [truncation.min, {num_steps}] with sampler.num_steps={num_steps}"
+        _check(truncation.min >= 0, "truncation.min", truncation.min, "0 or more")
+        _check(
+            truncation.min <= truncation.max <= num_steps,
+            "truncation.max",
+            truncation.max,
+            allowed,
+        )
+    elif truncation.strategy == "gaussian":
+        allowed = f"in [1, {num_steps}) with sampler.num_steps={num_steps}"
+        _check(1 <= truncation.mean < num_steps, "truncation.mean", truncation.mean, allowed)
+        _check(truncation.std > 0, "truncation.std", truncation.std, "above 0")
+
+
+def _check(holds: bool, key: str, value: Any, allowed: str) -> None:
+    if not holds:
+        raise UserError(f"config.{key}={value!r} must be {allowed}")
+
+
+def _plain(value: Any) -> Any:
+    """Dicts for ConfigDicts, lists for tuples: what JSON gives back."""
+    if isinstance(value, ConfigDict | dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _leaves(config: ConfigDict | dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by dotted key. A reward's dict of weights is one value."""
+    leaves = {}
+    for key, value in config.items():
+        path = prefix + key
+        if path == "reward":
+            leaves[path] = _plain(value)
+        elif isinstance(value, ConfigDict | dict):
+            leaves |= _leaves(value, f"{path}.")
+        else:
+            leaves[path] = value
+    return leaves
+
+
+def _suggestion(key: str, known: list[str]) -> str:
+    last = key.rsplit(".", 1)[-1]
+    close = difflib.get_close_matches(key, known, 1) or [
+        name for name in known if name.rsplit(".", 1)[-1] == last
+    ]
+    return f"; did you mean config.{close[0]}?" if close else f"; known: {', '.join(known)}"
