@@ -1,0 +1,195 @@
+"""Parameter trees and safetensors files: names, layouts, and strict reading and writing.
+
+Torch stores a linear kernel as [out, in] and a convolution as [out, in, height, width]; the
+modules here hold [in, out] and [height, width, in, out]. The name of a tensor is its path in the
+tree joined by dots, the leaf renamed to `weight`.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from alignprop_jax.errors import UserError
+
+ParamTree = Mapping[str, Any]
+
+_TORCH_LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
+_KERNEL_AXES_TO_TORCH = {2: (1, 0), 4: (3, 2, 0, 1)}
+_KERNEL_AXES_FROM_TORCH = {2: (1, 0), 4: (2, 3, 1, 0)}
+# Buffers that older files carry beside the parameters.
+_BUFFERS = ("position_ids",)
+# What other releases of diffusers and transformers call some layers, and the name here.
+_OTHER_NAMES = (
+    (".query.", ".to_q."),
+    (".key.", ".to_k."),
+    (".value.", ".to_v."),
+    (".proj_attn.", ".to_out.0."),
+)
+
+
+def torch_name(path: Sequence[str]) -> str:
+    """The name in a state dict of the parameter at `path`."""
+    return ".".join([*path[:-1], _TORCH_LEAVES.get(path[-1], path[-1])])
+
+
+def to_torch_layout(path: Sequence[str], array: np.ndarray) -> np.ndarray:
+    """The array of the parameter at `path` with its axes in the order of a state dict."""
+    return array.transpose(_KERNEL_AXES_TO_TORCH[array.ndim]) if path[-1] == "kernel" else array
+
+
+def from_torch_layout(path: Sequence[str], array: np.ndarray) -> np.ndarray:
+    """The inverse of `to_torch_layout`."""
+    return array.transpose(_KERNEL_AXES_FROM_TORCH[array.ndim]) if path[-1] == "kernel" else array
+
+
+def save_params(
+    tree: ParamTree,
+    path: str | Path,
+    dtype: Any = np.float32,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a parameter tree as the safetensors file that diffusers and transformers read.
+
+    Args:
+        tree: nested dicts of arrays, as in a module's "params".
+        path: the file; its folder is made. A file that is there is replaced at once, never half.
+        dtype: floating type of the stored tensors.
+        metadata: further entries of the file's header.
+    """
+    tensors = {
+        torch_name(keys): to_torch_layout(keys, np.asarray(leaf, dtype))
+        for keys, leaf in flatten_dict(tree).items()
+    }
+    write_safetensors(tensors, path, metadata)
+
+
+def write_safetensors(
+    tensors: Mapping[str, np.ndarray], path: str | Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes named arrays; UserError where the file cannot be written."""
+    path = Path(path)
+    # safetensors writes the memory behind a view, not the view; order="C" keeps scalars scalar.
+    contiguous = {name: np.array(tensor, order="C") for name, tensor in tensors.items()}
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # transformers refuses a file whose header does not name the framework.
+        save_file(contiguous, partial, metadata={"format": "pt", **(metadata or {})})
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be written ({error})") from error
+
+
+def read_safetensors(path: str | Path) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields names and arrays one by one; UserError for a file that is absent, cut or another's."""
+    with _open(path) as file:
+        for name in file.keys():
+            yield name, file.get_tensor(name)
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The free entries of a safetensors file's header; UserErrors as for `read_safetensors`."""
+    with _open(path) as file:
+        return dict(file.metadata() or {})
+
+
+def load_params(abstract: ParamTree, path: str | Path, dtype: Any = np.float32) -> ParamTree:
+    """Fills an abstract parameter tree from safetensors, one tensor at a time.
+
+    Args:
+        abstract: the tree a module expects: nested dicts of anything with a shape.
+        path: a safetensors file, or the `.index.json` of a model sharded over several.
+        dtype: floating type of the returned arrays, whatever the file's.
+
+    Returns:
+        A tree of jax arrays, shaped as `abstract`.
+
+    Raises:
+        UserError: a file is absent, truncated or no safetensors file; or a tensor is missing,
+            unexpected or of another shape. The message names the tensor, and both shapes.
+    """
+    expected = flatten_dict(abstract)
+    paths = {torch_name(keys): keys for keys in expected}
+    leaves = {}
+    unexpected = []
+    for file in _shards(Path(path)):
+        for name, tensor in read_safetensors(file):
+            keys = paths.get(_current_name(name, paths))
+            if keys is not None:
+                leaves[keys] = _convert(file, name, tensor, keys, expected[keys].shape, dtype)
+            elif name.rsplit(".")[-1] not in _BUFFERS:
+                unexpected.append((name, tensor.shape))
+    missing = [
+        (name, _torch_shape(keys, expected[keys].shape))
+        for name, keys in paths.items()
+        if keys not in leaves
+    ]
+    if missing:
+        raise UserError(f"{path}: the model needs {_listing(missing)}, missing here")
+    if unexpected:
+        raise UserError(f"{path}: the model has no place for {_listing(unexpected)}, found here")
+    return unflatten_dict(leaves)
+
+
+def _convert(
+    file: Path, name: str, tensor: np.ndarray, keys: Sequence[str], shape: tuple, dtype: Any
+) -> jax.Array:
+    wanted = _torch_shape(keys, shape)
+    if tensor.shape != wanted:
+        raise UserError(
+            f"{file}: tensor {name} has shape {list(tensor.shape)}, the model needs {list(wanted)}"
+        )
+    return jax.numpy.asarray(from_torch_layout(keys, tensor), dtype)
+
+
+def _torch_shape(keys: Sequence[str], shape: tuple) -> tuple:
+    axes = _KERNEL_AXES_TO_TORCH[len(shape)] if keys[-1] == "kernel" else range(len(shape))
+    return tuple(shape[axis] for axis in axes)
+
+
+def _current_name(name: str, known: Mapping[str, Any]) -> str:
+    for old, new in _OTHER_NAMES:
+        if name not in known:
+            name = name.replace(old, new)
+    # transformers 5 leaves the prefix of a text tower that stands alone out of the file.
+    return name if name in known else f"text_model.{name}"
+
+
+def _listing(tensors: Sequence[tuple[str, tuple]], limit: int = 3) -> str:
+    shown = ", ".join(f"{name} {list(shape)}" for name, shape in tensors[:limit])
+    more = f" and {len(tensors) - limit} more" if len(tensors) > limit else ""
+    return f"tensor{'s' if len(tensors) > 1 else ''} {shown}{more}"
+
+
+def _shards(path: Path) -> list[Path]:
+    if path.suffix != ".json":
+        return [path]
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"{path}: cannot be read as an index of safetensors files ({error})"
+        ) from error
+    return [path.with_name(name) for name in sorted(set(names))]
+
+
+@contextlib.contextmanager
+def _open(path: str | Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            yield file
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{path}: truncated, or not a safetensors file ({error}); fetch or convert it again"
+        ) from error
