@@ -31,7 +31,7 @@ fetch() {
     partial=$(mktemp -d "$folder/.fetch-XXXXXX")
     npm pack --silent --pack-destination "$partial" "$package" >/dev/null ||
         fail "npm cannot fetch $package"
-    tar --extract --gzip --file "$partial"/*.tgz --directory "$partial" ||
+    tar --extract --gzip --no-same-owner --file "$partial"/*.tgz --directory "$partial" ||
         fail "cannot unpack $package"
     rm "$partial"/*.tgz
     rm -rf "$target"

@@ -104,11 +104,9 @@ def _read_picture(path: Path) -> Image.Image:
         picture = Image.open(path).convert("RGBA")
     except FileNotFoundError:
         raise UserError(f"no picture at {path}; {_HINT}") from None
-    if picture.size == (IMAGE_SIZE, IMAGE_SIZE):
-        return picture
-    # Premultiplied ("RGBa"), so that the colour of invisible pixels does not bleed into the edge.
     size = (IMAGE_SIZE, IMAGE_SIZE)
-    return picture.convert("RGBa").resize(size, Image.Resampling.LANCZOS).convert("RGBA")
+    # Pillow weighs by alpha here, so the colour of clear pixels does not bleed into the edge.
+    return picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS)
 
 
 def prepare(manual_dir: str | Path, data_dir: str | Path) -> EmojiDataset:

@@ -1,0 +1,77 @@
+import pytest
+
+from alignprop_jax.pretraining.captions import caption, caption_words, plural, with_article
+from alignprop_jax.pretraining.names import OBJECT_NAMES
+from alignprop_jax.prompts import ANIMALS, ANIMALS_UNSEEN
+
+
+def test_every_prompted_animal_has_pictures():
+    assert set(OBJECT_NAMES) >= {*ANIMALS, *ANIMALS_UNSEEN}
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("cat", "cats"),
+        ("fox", "foxes"),
+        ("ostrich", "ostriches"),
+        ("butterfly", "butterflies"),
+        ("monkey", "monkeys"),
+        ("sheep", "sheep"),
+        ("wolf", "wolves"),
+        ("mouse", "mice"),
+        ("red goose", "red geese"),
+        ("tropical fish", "tropical fish"),
+        ("maple leaf", "maple leaves"),
+        ("octopus", "octopuses"),
+    ],
+)
+def test_plural(name, expected):
+    assert plural(name) == expected
+
+
+def test_what_cannot_be_counted_has_no_plural():
+    with pytest.raises(ValueError, match="rice"):
+        plural("rice")
+
+
+@pytest.mark.parametrize(
+    ("phrase", "expected"),
+    [
+        ("cat", "a cat"),
+        ("ant", "an ant"),
+        ("unicorn", "a unicorn"),
+        ("red ant", "a red ant"),
+        ("orange cat", "an orange cat"),
+        ("grapes", "some grapes"),
+        ("green bubble tea", "some green bubble tea"),
+    ],
+)
+def test_with_article(phrase, expected):
+    assert with_article(phrase) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"names": ["ant"]}, "an ant"),
+        ({"names": ["deer"], "count": 3}, "three deer"),
+        ({"names": ["wolf"], "count": 2, "colors": ["red"]}, "two red wolves"),
+        ({"names": ["cat", "ant"]}, "a cat and an ant"),
+        ({"names": ["cat", "dog"], "colors": ["red", None]}, "a red cat and a dog"),
+        (
+            {"names": ["cat"], "colors": ["orange"], "background": "blue"},
+            "an orange cat on a blue background",
+        ),
+        ({"names": ["fly"], "background": "orange"}, "a fly on an orange background"),
+    ],
+)
+def test_caption(arguments, expected):
+    assert caption(**arguments) == expected
+
+
+def test_caption_words_are_single_lower_case_words():
+    words = caption_words()
+    assert words == sorted(set(words))
+    assert all(word.isascii() and word.isalpha() and word.islower() for word in words)
+    assert {"a", "an", "two", "four", "wolves", "tropical", "blue", "background"} <= set(words)
