@@ -102,8 +102,8 @@ def read_emoji_list(folder: Path) -> list[dict]:
 def _read_picture(path: Path) -> Image.Image:
     try:
         picture = Image.open(path).convert("RGBA")
-    except FileNotFoundError:
-        raise UserError(f"no picture at {path}; {_HINT}") from None
+    except OSError as error:
+        raise UserError(f"no picture can be read at {path}; {_HINT}") from error
     size = (IMAGE_SIZE, IMAGE_SIZE)
     # Pillow weighs by alpha here, so the colour of clear pixels does not bleed into the edge.
     return picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS)
@@ -113,7 +113,7 @@ def prepare(manual_dir: str | Path, data_dir: str | Path) -> EmojiDataset:
     """Builds the data set under `data_dir` from the packages in `manual_dir`, unless it is there.
 
     Raises:
-      UserError: a package or a picture of it is not in `manual_dir`.
+      UserError: a package is not in `manual_dir`, or a picture of it is absent or broken.
     """
     builder = EmojiDataset(data_dir=data_dir, file_format="array_record")
     if builder.info.splits:
