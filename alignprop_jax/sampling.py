@@ -1,0 +1,205 @@
+"""From noise and a prompt to images, differentiably: guidance and the scan over denoising steps."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+
+from alignprop_jax.errors import UserError
+from alignprop_jax.schedulers import DDIMScheduler
+
+REMAT_POLICIES = ("none", "step")
+
+Params = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class StableDiffusion:
+    """The parts of a latent diffusion model, without their weights; hashable.
+
+    The weights that go with it are a dict of parameter trees, "unet", "vae" and "text_encoder".
+    """
+
+    unet: nn.Module
+    vae: nn.Module
+    text_encoder: nn.Module
+    scheduler: DDIMScheduler
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of the latents the model was trained on."""
+        config = self.unet.config
+        return (config.sample_size, config.sample_size, config.in_channels)
+
+
+def encode_prompts(
+    sd: StableDiffusion, params: Params, input_ids: Int[Array, "b l"]
+) -> Float[Array, "b l d"]:
+    """The text encoder's last hidden states, which the UNet attends to."""
+    hidden, _ = sd.text_encoder.apply({"params": params["text_encoder"]}, input_ids)
+    return hidden
+
+
+def decode_latents(
+    sd: StableDiffusion, params: Params, latents: Float[Array, "b h w c"]
+) -> Float[Array, "b H W 3"]:
+    """Decodes latents to images in [0, 1], float32.
+
+    Values outside of [0, 1] are clipped, for rewards as for people: the reward is of the very image
+    that a user gets, and its gradient is exact. A saturated pixel thus has no gradient of its own;
+    letting it through, or not clipping, would pay for colours that no screen shows.
+    """
+    scaled = latents / sd.vae.config.scaling_factor
+    decoded = sd.vae.apply({"params": params["vae"]}, scaled, method="decode")
+    return jnp.clip(decoded.astype(jnp.float32) / 2 + 0.5, 0.0, 1.0)
+
+
+def gate_gradient(denoise: Callable[..., Array], remat: str) -> Callable[..., Array]:
+    """Makes the backward pass of one denoiser call optional, decided at run time.
+
+    The forward pass is `denoise` whatever the gate. The backward pass is a branch: with an open
+    gate it differentiates `denoise`, with a closed gate it returns zeros and evaluates nothing, so
+    that in a scan over steps the cost falls with every closed gate, one compiled program serves
+    every choice of them, and the gradient of a closed call is zero exactly.
+
+    Args:
+        denoise: `denoise(lora, x_t, constants) -> model_output`.
+        remat: "step" keeps only the arguments for the backward pass and evaluates `denoise` again
+            in it; "none" keeps every activation instead.
+
+    Returns:
+        `gated(gate, lora, x_t, constants)`, differentiable in `lora` and `x_t`. The constants
+        have no gradient, and therefore cost none.
+    """
+
+    @jax.custom_vjp
+    def gated(gate, lora, x_t, constants):
+        del gate
+        return denoise(lora, x_t, constants)
+
+    def forward(gate, lora, x_t, constants):
+        if remat == "step":
+            return gated(gate, lora, x_t, constants), (gate, lora, x_t, constants)
+        output, vjp = jax.vjp(lambda lora, x_t: denoise(lora, x_t, constants), lora, x_t)
+        return output, (gate, lora, x_t, vjp)
+
+    def backward(residuals, cotangent):
+        gate, lora, x_t, kept = residuals
+
+        def differentiate():
+            if remat == "step":
+                _, vjp = jax.vjp(lambda lora, x_t: denoise(lora, x_t, kept), lora, x_t)
+                return vjp(cotangent)
+            return kept(cotangent)
+
+        zeros = jax.tree.map(jnp.zeros_like, (lora, x_t))
+        lora_cotangent, x_cotangent = jax.lax.cond(gate, differentiate, lambda: zeros)
+        return None, lora_cotangent, x_cotangent, None
+
+    gated.defvjp(forward, backward)
+    return gated
+
+
+def interleave(first: Float[Array, "b *s"], second: Float[Array, "b *s"]) -> Float[Array, "2*b *s"]:
+    """Merges two batches, image by image, so that a batch split over devices stays where it is."""
+    return jnp.stack([first, second], axis=1).reshape(-1, *first.shape[1:])
+
+
+def make_sampler(
+    sd: StableDiffusion,
+    num_steps: int,
+    guidance_scale: float,
+    eta: float = 0.0,
+    remat: str = "step",
+) -> Callable[..., Float[Array, "b H W 3"]]:
+    """Builds the differentiable sampler of AlignProp (arXiv 2310.03739).
+
+    Args:
+        sd: the model.
+        num_steps: number of denoising steps T.
+        guidance_scale: weight w of classifier-free guidance, eps = u + w (c - u), Ho & Salimans,
+            arXiv 2207.12598; 1 samples without guidance, at half the cost.
+        eta: 0 for deterministic DDIM, 1 for DDPM's noise.
+        remat: "step" to recompute each trained step in the backward pass, "none" to store it.
+
+    Returns:
+        `sample(params, lora, latents, context, uncond, key, trained=None) -> images`, a pure
+        function, see there.
+
+    Raises:
+        UserError: for a setting that the model's scheduler cannot follow.
+    """
+    if remat not in REMAT_POLICIES:
+        raise UserError(f"remat is {remat!r}; supported: {', '.join(REMAT_POLICIES)}")
+    guided = guidance_scale != 1.0
+    steps = sd.scheduler.plan(num_steps, eta)
+
+    def denoise(lora, x_t, constants):
+        unet_params, context, timestep = constants
+        variables = (
+            {"params": unet_params} if lora is None else {"params": unet_params, "lora": lora}
+        )
+        if not guided:
+            return sd.unet.apply(variables, x_t, timestep, context).astype(jnp.float32)
+        both = interleave(x_t, x_t)
+        output = sd.unet.apply(variables, both, timestep, context).astype(jnp.float32)
+        unconditional, conditional = output[0::2], output[1::2]
+        return unconditional + guidance_scale * (conditional - unconditional)
+
+    gated_denoise = gate_gradient(denoise, remat)
+
+    def sample(
+        params: Params,
+        lora: PyTree | None,
+        latents: Float[Array, "b h w c"],
+        context: Float[Array, "b l d"],
+        uncond: Float[Array, "u l d"],
+        key: Key[Array, "*b"],
+        trained: Bool[Array, " t"] | None = None,
+    ) -> Float[Array, "b H W 3"]:
+        """Samples one image for each of the latents.
+
+        Args:
+            params: the frozen weights, "unet" and "vae".
+            lora: the UNet's low-rank factors with their scale folded in; None for the base model.
+            latents: standard normal noise.
+            context: the encoded prompts.
+            uncond: the encoded negative prompts, one an image or one for all; not used without
+                guidance.
+            key: source of the noise that eta > 0 adds: one key, or one an image, which makes an
+                image independent of the batch it is sampled in.
+            trained: the steps at which the gradient enters the UNet; None for none. Elsewhere the
+                UNet's output is a constant, while the latents keep their gradient, so that it
+                crosses an untrained step along the linear terms of DDIM.
+
+        Returns:
+            Images in [0, 1].
+        """
+        batch = latents.shape[0]
+        if guided:
+            uncond = jnp.broadcast_to(uncond, (batch, *uncond.shape[1:]))
+            context = interleave(uncond, context)
+        if trained is None:
+            trained = jnp.zeros(num_steps, bool)
+        keys = jax.random.split(key, batch) if key.ndim == 0 else key
+
+        def step(x_t, inputs):
+            index, is_trained, (timestep, alpha_bar, alpha_bar_prev, sigma) = inputs
+            output = gated_denoise(is_trained, lora, x_t, (params["unet"], context, timestep))
+            noise = None
+            if eta > 0:
+                noise = jax.vmap(
+                    lambda key: jax.random.normal(jax.random.fold_in(key, index), x_t.shape[1:])
+                )(keys)
+            x_prev = sd.scheduler.step(output, x_t, alpha_bar, alpha_bar_prev, sigma, noise)
+            return x_prev, None
+
+        inputs = (jnp.arange(num_steps), trained, jax.tree.map(jnp.asarray, steps))
+        x_0, _ = jax.lax.scan(step, latents.astype(jnp.float32), inputs)
+        return decode_latents(sd, params, x_0)
+
+    return sample

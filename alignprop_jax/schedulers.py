@@ -1,0 +1,250 @@
+"""The diffusion process and its DDIM sampler: tables of constants and pure step functions."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from alignprop_jax.errors import UserError
+
+_BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+_PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+_TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
+
+
+class SamplerSteps(NamedTuple):
+    """What a sampler of T steps needs to know of each, first step (most noise) first.
+
+    Plain NumPy, so that it can be closed over by a jitted function or scanned over.
+    """
+
+    timesteps: np.ndarray  # [T] int32, what the denoiser is told
+    alpha_bar: np.ndarray  # [T] float32, signal power before the step
+    alpha_bar_prev: np.ndarray  # [T] float32, signal power after the step
+    sigma: np.ndarray  # [T] float32, standard deviation of the noise that the step adds
+
+
+@dataclasses.dataclass(frozen=True)
+class DDIMScheduler:
+    """Denoising diffusion implicit models (Song et al., arXiv 2010.02502), as diffusers sets it up.
+
+    The fields have the names, meanings and defaults of diffusers' `DDIMScheduler`.
+
+    Raises:
+        UserError: when a field has a value outside of what is supported.
+    """
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.0001
+    beta_end: float = 0.02
+    beta_schedule: str = "linear"
+    trained_betas: tuple[float, ...] | None = None
+    clip_sample: bool = True
+    clip_sample_range: float = 1.0
+    set_alpha_to_one: bool = True
+    steps_offset: int = 0
+    prediction_type: str = "epsilon"
+    timestep_spacing: str = "leading"
+    rescale_betas_zero_snr: bool = False
+
+    def __post_init__(self):
+        for name, allowed in (
+            ("beta_schedule", _BETA_SCHEDULES),
+            ("prediction_type", _PREDICTION_TYPES),
+            ("timestep_spacing", _TIMESTEP_SPACINGS),
+        ):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise UserError(f"scheduler {name} is {value!r}; supported: {', '.join(allowed)}")
+        if self.num_train_timesteps < 1:
+            raise UserError(
+                f"scheduler num_train_timesteps is {self.num_train_timesteps}; it must be positive"
+            )
+        if self.trained_betas is not None and len(self.trained_betas) != self.num_train_timesteps:
+            raise UserError(
+                f"scheduler trained_betas has {len(self.trained_betas)} values, but "
+                f"num_train_timesteps is {self.num_train_timesteps}; they must agree"
+            )
+        betas = self._betas()
+        if not np.all((betas > 0) & (betas <= 1)):
+            raise UserError(
+                f"scheduler betas run from {betas.min():g} to {betas.max():g}; "
+                "each must be above 0 and at most 1"
+            )
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "DDIMScheduler":
+        """Reads a diffusers `scheduler_config.json`.
+
+        The file may have been written for another scheduler of the same family (Stable Diffusion
+        1.5 ships PNDM's): the noise schedule is taken over, what belongs to the other solver is
+        ignored, as `diffusers.DDIMScheduler.from_config` does.
+
+        Args:
+            config: the parsed file.
+
+        Raises:
+            UserError: for dynamic thresholding, an unsupported value, or a scheduler that is not
+              defined by betas (flow matching, for example).
+        """
+        class_name = config.get("_class_name", cls.__name__)
+        if class_name != cls.__name__ and not {"beta_start", "trained_betas"} & set(config):
+            raise UserError(
+                f"scheduler {class_name} has no betas, so it cannot be sampled with DDIM; "
+                "use a model trained with a DDPM-style noise schedule"
+            )
+        if config.get("thresholding"):
+            raise UserError(
+                "scheduler thresholding is true: dynamic thresholding is for pixel-space models; "
+                "set it to false in scheduler_config.json"
+            )
+        names = {field.name for field in dataclasses.fields(cls)}
+        fields = {name: value for name, value in config.items() if name in names}
+        if fields.get("trained_betas") is not None:
+            fields["trained_betas"] = tuple(float(beta) for beta in fields["trained_betas"])
+        try:
+            return cls(**fields)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"scheduler_config.json has an ill-typed value: {error}") from error
+
+    def _betas(self) -> np.ndarray:
+        steps = self.num_train_timesteps
+        if self.trained_betas is not None:
+            betas = np.asarray(self.trained_betas)
+        elif self.beta_schedule == "linear":
+            betas = np.linspace(self.beta_start, self.beta_end, steps)
+        elif self.beta_schedule == "scaled_linear":
+            betas = np.linspace(self.beta_start**0.5, self.beta_end**0.5, steps) ** 2
+        else:
+            # Nichol & Dhariwal, arXiv 2102.09672, eq. 17, with their cap on the last betas.
+            times = np.arange(steps + 1) / steps
+            alpha_bar = np.cos((times + 0.008) / 1.008 * math.pi / 2) ** 2
+            betas = np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
+        # The models were trained on betas of this precision, and 1 - alpha_bar at small t shows it.
+        return betas.astype(np.float32)
+
+    @functools.cached_property
+    def alpha_bar(self) -> np.ndarray:
+        """Signal power after t + 1 noising steps, the product of (1 - beta): [N] float32."""
+        alpha_bar = np.cumprod(np.float32(1) - self._betas(), dtype=np.float64)
+        if self.rescale_betas_zero_snr:
+            # Lin et al., arXiv 2305.08891, algorithm 1: shift the amplitude to end at zero.
+            signal = np.sqrt(alpha_bar)
+            alpha_bar = ((signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])) ** 2
+        return alpha_bar.astype(np.float32)
+
+    def plan(self, num_steps: int, eta: float = 0.0) -> SamplerSteps:
+        """Lays out a sampler of `num_steps` steps.
+
+        Args:
+            num_steps: number of denoiser evaluations T.
+            eta: 0 for the deterministic sampler, 1 for DDPM's noise (eq. 16 of arXiv 2010.02502).
+
+        Returns:
+            The constants of the T steps.
+
+        Raises:
+            UserError: when the noise schedule has no such steps.
+        """
+        total = self.num_train_timesteps
+        if not 1 <= num_steps <= total:
+            raise UserError(
+                f"sampler num_steps is {num_steps}; this model's scheduler allows 1 to {total}"
+            )
+        if not 0 <= eta <= 1:
+            raise UserError(f"sampler eta is {eta}; it must lie between 0 and 1")
+        timesteps = self._timesteps(num_steps)
+        if timesteps[0] >= total:
+            raise UserError(
+                f"sampler num_steps {num_steps} with steps_offset {self.steps_offset} reaches "
+                f"timestep {timesteps[0]}, past the last one, {total - 1}; use fewer steps"
+            )
+        previous = timesteps - total // num_steps
+        final_alpha_bar = 1.0 if self.set_alpha_to_one else self.alpha_bar[0]
+        alpha_bar = self.alpha_bar[timesteps].astype(np.float64)
+        alpha_bar_prev = np.where(
+            previous >= 0, self.alpha_bar[np.maximum(previous, 0)], final_alpha_bar
+        ).astype(np.float64)
+        if self.prediction_type == "epsilon" and alpha_bar.min() == 0:
+            raise UserError(
+                f"timestep {timesteps[0]} holds no signal (rescale_betas_zero_snr), which a model "
+                "that predicts epsilon cannot start from; set timestep_spacing to leading"
+            )
+        variance = (1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)
+        return SamplerSteps(
+            timesteps=timesteps.astype(np.int32),
+            alpha_bar=alpha_bar.astype(np.float32),
+            alpha_bar_prev=alpha_bar_prev.astype(np.float32),
+            sigma=(eta * np.sqrt(variance)).astype(np.float32),
+        )
+
+    def _timesteps(self, num_steps: int) -> np.ndarray:
+        """Which timesteps are visited, in descending order: table 2 of arXiv 2305.08891."""
+        total = self.num_train_timesteps
+        if self.timestep_spacing == "linspace":
+            return np.linspace(0, total - 1, num_steps).round().astype(np.int64)[::-1]
+        if self.timestep_spacing == "leading":
+            return np.arange(num_steps)[::-1] * (total // num_steps) + self.steps_offset
+        # Rounding errors of the increment can append a value next to zero: not a step.
+        return np.arange(total, 0, -total / num_steps).round().astype(np.int64)[:num_steps] - 1
+
+    def predict(
+        self,
+        model_output: Float[Array, "*shape"],
+        x_t: Float[Array, "*shape"],
+        alpha_bar: Float[Array, ""],
+    ) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
+        """Splits a noisy sample into signal and noise by the model's output.
+
+        Args:
+            model_output: what the denoiser said of `x_t`, in this scheduler's prediction type.
+            x_t: the noisy sample.
+            alpha_bar: its signal power.
+
+        Returns:
+            The predicted (x_0, epsilon), x_0 clipped if the scheduler says so.
+        """
+        signal, noise = jnp.sqrt(alpha_bar), jnp.sqrt(1 - alpha_bar)
+        if self.prediction_type == "epsilon":
+            x_0, eps = (x_t - noise * model_output) / signal, model_output
+        elif self.prediction_type == "v_prediction":
+            x_0 = signal * x_t - noise * model_output
+            eps = signal * model_output + noise * x_t
+        else:
+            x_0, eps = model_output, (x_t - signal * model_output) / noise
+        if self.clip_sample:
+            x_0 = jnp.clip(x_0, -self.clip_sample_range, self.clip_sample_range)
+        return x_0, eps
+
+    def step(
+        self,
+        model_output: Float[Array, "*shape"],
+        x_t: Float[Array, "*shape"],
+        alpha_bar: Float[Array, ""],
+        alpha_bar_prev: Float[Array, ""],
+        sigma: Float[Array, ""],
+        noise: Float[Array, "*shape"] | None = None,
+    ) -> Float[Array, "*shape"]:
+        """One DDIM step, eq. 12 of arXiv 2010.02502.
+
+        Args:
+            model_output: what the denoiser said of `x_t`.
+            x_t: the sample before the step.
+            alpha_bar: signal power before the step.
+            alpha_bar_prev: signal power after the step.
+            sigma: standard deviation of the noise to add.
+            noise: standard normal noise; None for the deterministic sampler, whose sigma is 0.
+
+        Returns:
+            The sample after the step.
+        """
+        x_0, eps = self.predict(model_output, x_t, alpha_bar)
+        # The difference is zero at eta = 1 for some steps, and rounding must not make it negative.
+        direction = jnp.sqrt(jnp.maximum(1 - alpha_bar_prev - sigma**2, 0.0))
+        x_prev = jnp.sqrt(alpha_bar_prev) * x_0 + direction * eps
+        return x_prev if noise is None else x_prev + sigma * noise
