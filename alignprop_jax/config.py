@@ -12,11 +12,12 @@ from absl import flags
 from ml_collections import ConfigDict, FieldReference, config_flags
 
 from alignprop_jax.errors import UserError
+from alignprop_jax.truncation import STRATEGIES, check_truncation
 
 _CHOICES = {
     "algorithm": ("alignprop",),
     "loss.shape": ("target", "one_minus", "negative"),
-    "truncation.strategy": ("full", "fixed", "uniform", "gaussian", "per_step"),
+    "truncation.strategy": STRATEGIES,
     "remat": ("none", "step"),
     "dtype": ("float32", "bfloat16"),
 }
@@ -187,7 +188,16 @@ def validate(config: ConfigDict) -> None:
     _check(
         sampler.guidance_scale >= 1, "sampler.guidance_scale", sampler.guidance_scale, "1 or more"
     )
-    _check_truncation(config.truncation, sampler.num_steps)
+    truncation = config.truncation
+    check_truncation(
+        truncation.strategy,
+        sampler.num_steps,
+        start=truncation.start,
+        mean=truncation.mean,
+        std=truncation.std,
+        low=truncation.min,
+        high=truncation.max,
+    )
     microbatch_size, batch_size = config.train.microbatch_size, config.train.batch_size
     _check(
         microbatch_size == 0 or batch_size % microbatch_size == 0,
@@ -227,27 +237,6 @@ def _check_names_and_types(config: ConfigDict) -> None:
     for key in expected:
         if key not in actual:
             raise UserError(f"config.{key} is missing; start from default_config()")
-
-
-def _check_truncation(truncation: ConfigDict, num_steps: int) -> None:
-    if truncation.strategy == "fixed":
-        allowed = f"in [0, {num_steps - 1}] with sampler.num_steps={num_steps}"
-        _check(
-            0 <= truncation.start < num_steps, "truncation.start", truncation.start, allowed
-        )
-    elif truncation.strategy in ("uniform", "per_step"):
-        allowed = f"in [truncation.min, {num_steps}] with sampler.num_steps={num_steps}"
-        _check(truncation.min >= 0, "truncation.min", truncation.min, "0 or more")
-        _check(
-            truncation.min <= truncation.max <= num_steps,
-            "truncation.max",
-            truncation.max,
-            allowed,
-        )
-    elif truncation.strategy == "gaussian":
-        allowed = f"in [1, {num_steps}) with sampler.num_steps={num_steps}"
-        _check(1 <= truncation.mean < num_steps, "truncation.mean", truncation.mean, allowed)
-        _check(truncation.std > 0, "truncation.std", truncation.std, "above 0")
 
 
 def _check(holds: bool, key: str, value: Any, allowed: str) -> None:

@@ -39,7 +39,7 @@ def make_grid(images: np.ndarray, labels: list[str], columns: int) -> Image.Imag
 def make_comparison(before: np.ndarray, after: np.ndarray, labels: list[str]) -> Image.Image:
     """Lays pairs out side by side, before on the left, from images [N, H, W, 3]."""
     pairs = np.stack([before, after], axis=1).reshape(-1, *before.shape[1:])
-    captions = [f"{label}: {when}" for label in labels for when in ("before", "after")]
+    captions = [f"{when}: {label}" for label in labels for when in ("before", "after")]
     return make_grid(pairs, captions, 2 * columns_for(len(labels), most=4))
 
 
@@ -49,7 +49,7 @@ def columns_for(count: int, most: int = 9) -> int:
 
 
 def save_images(folder: Path, images: np.ndarray, prompts: list[str]) -> None:
-    """Writes images [N, H, W, 3] as folder/0000_a_cat.png, 0001_...; their order is the prompts'."""
+    """Writes images [N, H, W, 3] as folder/0000_a_cat.png, 0001_a_dog.png, ..."""
     folder.mkdir(parents=True, exist_ok=True)
     for index, (image, prompt) in enumerate(zip(to_uint8(images), prompts, strict=True)):
         name = re.sub(r"[^a-z0-9]+", "_", prompt.lower()).strip("_")[:60]

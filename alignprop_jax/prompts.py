@@ -54,12 +54,14 @@ def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerBase":
     # Importing transformers takes seconds that a mistyped flag should not cost.
     from transformers import CLIPTokenizer
 
+    needed = ("tokenizer.json", "vocab.json")
+    # transformers makes an empty tokenizer of an empty folder.
+    if not any((Path(folder) / name).is_file() for name in needed):
+        raise UserError(f"no CLIP tokenizer in {str(folder)!r}; it needs {' or '.join(needed)}")
     try:
         return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(
-            f"no CLIP tokenizer in {str(folder)!r}; it needs vocab.json and merges.txt"
-        ) from error
+        raise UserError(f"the CLIP tokenizer in {str(folder)!r} cannot be read: {error}") from error
 
 
 def tokenize(tokenizer: "PreTrainedTokenizerBase", prompts: list[str]) -> np.ndarray:

@@ -1,0 +1,23 @@
+"""Compiled programs kept on disk, so that the second start of a run takes seconds."""
+
+import os
+from pathlib import Path
+
+import jax
+
+
+def enable_compilation_cache() -> None:
+    """Turns on JAX's persistent cache, in $JAX_COMPILATION_CACHE_DIR if the user chose a place.
+
+    Otherwise it lies in $XDG_CACHE_HOME/alignprop_jax/xla, by default under ~/.cache. A folder that
+    cannot be written costs the cache, not the run.
+    """
+    if jax.config.jax_compilation_cache_dir:
+        return
+    cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(cache_home) / "alignprop_jax" / "xla"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))

@@ -1,0 +1,59 @@
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+PROGRAM = """
+    import sys
+    from absl import flags
+    from alignprop_jax.errors import UserError, run_program
+
+    flags.DEFINE_integer("count", 1, "a number")
+    flags.DEFINE_string("fail", None, "what goes wrong")
+
+    def main(argv):
+        if flags.FLAGS.fail == "user":
+            raise UserError("culprit;\\n   cure")
+        if flags.FLAGS.fail == "interrupt":
+            raise KeyboardInterrupt
+        if flags.FLAGS.fail == "defect":
+            raise ValueError("a defect")
+        print("ran")
+
+    run_program(main)
+"""
+
+
+def run(*arguments):
+    command = [sys.executable, "-c", textwrap.dedent(PROGRAM), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    "argument, status, line",
+    [
+        ("--fail=user", 1, "error: culprit; cure"),
+        ("--fail=interrupt", 130, "interrupted"),
+        ("--count=many", 2, "error: flag --count=many: "),
+        ("--no_such_flag", 2, "error: Unknown command line flag 'no_such_flag'"),
+        ("stray", 2, "error: unexpected argument 'stray'"),
+    ],
+)
+def test_bad_input_is_one_line(argument, status, line):
+    result = run(argument)
+    assert result.returncode == status
+    assert result.stderr.startswith(line)
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == ""
+
+
+def test_a_good_run_prints_only_its_own_lines():
+    result = run("--count=2")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "ran\n", "")
+
+
+def test_a_defect_keeps_its_traceback():
+    result = run("--fail=defect")
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr and "ValueError: a defect" in result.stderr
