@@ -1,0 +1,7 @@
+"""What an image is worth: differentiable functions of images and prompts."""
+
+from alignprop_jax.rewards import aesthetic as aesthetic  # registers itself
+from alignprop_jax.rewards.base import Reward, check_reward
+from alignprop_jax.rewards.registry import make_reward, register
+
+__all__ = ["Reward", "check_reward", "make_reward", "register"]

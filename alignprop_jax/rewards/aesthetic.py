@@ -1,0 +1,99 @@
+"""The aesthetic score: a linear head on CLIP's normalised image embedding.
+
+The shape of LAION's predictor (github.com/christophschuhmann/improved-aesthetic-predictor), which
+AlignProp was evaluated with (arXiv 2310.03739): linear layers without a nonlinearity between.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from alignprop_jax.errors import UserError
+from alignprop_jax.pretrained import load_clip, resolve_model
+from alignprop_jax.rewards.base import Reward, no_prompt_inputs
+from alignprop_jax.rewards.preprocess import CLIPPreprocessor
+from alignprop_jax.rewards.registry import register
+from alignprop_jax.weights import read_safetensors
+
+# What get_image_features needs; the text tower is as large as the rest.
+_IMAGE_PARAMS = ("vision_model", "visual_projection", "logit_scale")
+
+Head = Sequence[dict[str, Float[Array, "..."]]]
+
+
+@register("aesthetic")
+def make_aesthetic_reward(
+    clip: str = "emoji", head: str = "", dtype: jnp.dtype = jnp.float32
+) -> Reward:
+    """Makes the reward from weights.
+
+    Args:
+        clip: the folder or hub id of a transformers CLIPModel, or "emoji".
+        head: a safetensors file, see `load_head`; empty for `aesthetic_head.safetensors` beside the
+            CLIP folder.
+        dtype: of CLIP's weights and activations. The head stays in float32.
+
+    Raises:
+        UserError: weights are missing or do not fit together.
+    """
+    folder = resolve_model("emoji") / "clip" if clip == "emoji" else resolve_model(clip)
+    head_path = Path(head) if head else folder.parent / "aesthetic_head.safetensors"
+    preprocess = CLIPPreprocessor.from_folder(folder)
+    model, clip_params = load_clip(folder, dtype)
+    layers = load_head(head_path)
+    width = layers[0]["kernel"].shape[0]
+    if width != model.config.projection_dim:
+        raise UserError(
+            f"{head_path}: takes embeddings of {width}, "
+            f"the CLIP in {folder} gives {model.config.projection_dim}"
+        )
+
+    def score(params, images, prompt_inputs):
+        embedding = model.apply(
+            {"params": params["clip"]}, preprocess(images), method="get_image_features"
+        )
+        return apply_head(params["head"], embedding.astype(jnp.float32))
+
+    image_params = {name: clip_params[name] for name in _IMAGE_PARAMS}
+    return Reward("aesthetic", {"clip": image_params, "head": layers}, score, no_prompt_inputs)
+
+
+def apply_head(layers: Head, embedding: Float[Array, "b p"]) -> Float[Array, " b"]:
+    """The head's score of embeddings, which it normalises to length 1."""
+    x = embedding / jnp.linalg.norm(embedding, axis=-1, keepdims=True)
+    for layer in layers:
+        x = x @ layer["kernel"] + layer["bias"][None]
+    return x[:, 0]
+
+
+def load_head(path: str | Path) -> Head:
+    """Reads `layers.N.weight` [out, in] and `layers.N.bias` [out], in the order of N.
+
+    Raises:
+        UserError: the file is absent or truncated, a tensor has another name or no partner, or the
+            widths are no chain that ends in 1.
+    """
+    found: dict[int, dict[str, Array]] = {}
+    for name, tensor in read_safetensors(path):
+        match = re.fullmatch(r"layers\.(\d+)\.(weight|bias)", name)
+        if match is None:
+            raise UserError(f"{path}: tensor {name} is not named layers.N.weight or layers.N.bias")
+        leaf, array = ("bias", tensor) if match[2] == "bias" else ("kernel", tensor.T)
+        found.setdefault(int(match[1]), {})[leaf] = jnp.asarray(array, jnp.float32)
+    width = None
+    for number, layer in sorted(found.items()):
+        if layer.keys() != {"kernel", "bias"}:
+            raise UserError(f"{path}: layers.{number} needs both a weight and a bias")
+        kernel, bias = layer["kernel"].shape, layer["bias"].shape
+        if len(kernel) != 2 or bias != kernel[1:] or kernel[0] != (width or kernel[0]):
+            raise UserError(
+                f"{path}: layers.{number} has a weight of shape {list(kernel[::-1])} and a bias of "
+                f"shape {list(bias)}" + (f" after a layer of width {width}" if width else "")
+            )
+        width = kernel[1]
+    if width != 1:
+        raise UserError(f"{path}: the last layer must give one number, the score, not {width}")
+    return [layer for _, layer in sorted(found.items())]

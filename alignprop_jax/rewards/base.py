@@ -1,0 +1,74 @@
+"""The one shape every reward has."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+
+from alignprop_jax.errors import UserError
+
+Score = Callable[[PyTree, Float[Array, "b h w 3"], PyTree], Float[Array, " b"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reward:
+    """A differentiable score of images.
+
+    Attributes:
+        name: what logs and messages call it.
+        params: weights. They are an argument of `score`, so that a compiled step takes them as an
+            argument too and does not hold them as constants.
+        score: (params, images, prompt_inputs) -> scores. Images are [B, H, W, 3] float32 in
+            [0, 1], scores [B] float32; traceable and differentiable in the images.
+        prepare: turns P prompts into arrays with leading axis P, once before training. A step
+            gathers its rows, [B, ...], as `prompt_inputs`.
+        parts: for a sum of rewards, the score of each, unweighted, by name; as `score`, of the same
+            arguments. Compiled together with `score`, they share its work.
+    """
+
+    name: str
+    params: PyTree
+    score: Score
+    prepare: Callable[[Sequence[str]], PyTree]
+    parts: Mapping[str, Score] = dataclasses.field(default_factory=dict)
+
+
+def no_prompt_inputs(prompts: Sequence[str]) -> np.ndarray:
+    """`Reward.prepare` of a reward that looks at the image alone: [P, 0]."""
+    return np.zeros((len(prompts), 0), np.float32)
+
+
+def check_reward(reward: Reward, image_shape: tuple[int, int, int]) -> None:
+    """Traces the reward and its gradient without computing them.
+
+    Args:
+        image_shape: height, width and 3.
+
+    Raises:
+        UserError: the reward fails, cannot be traced, or does not return one float an image.
+    """
+    batch = 3
+    inputs = reward.prepare(["a photo"] * batch)
+    images = jax.ShapeDtypeStruct((batch, *image_shape), jnp.float32)
+    try:
+        scores = jax.eval_shape(reward.score, reward.params, images, inputs)
+    except UserError:
+        raise
+    except jax.errors.JAXTypeError as error:
+        raise UserError(
+            f"reward {reward.name!r} cannot be traced by JAX: use jax.numpy, and no Python "
+            f"branches on values ({type(error).__name__})"
+        ) from error
+    except Exception as error:
+        raise UserError(f"reward {reward.name!r} fails: {type(error).__name__}: {error}") from error
+    shape = getattr(scores, "shape", None)
+    if shape != (batch,):
+        raise UserError(
+            f"reward {reward.name!r} must return one score an image, shape [{batch}] for {batch} "
+            f"images, not {type(scores).__name__ if shape is None else list(shape)}"
+        )
+    if not jnp.issubdtype(scores.dtype, jnp.floating):
+        raise UserError(f"reward {reward.name!r} must return floats, not {scores.dtype}")

@@ -1,0 +1,117 @@
+"""Rewards by name, by file and summed; and what is refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alignprop_jax.errors import UserError
+from alignprop_jax.rewards import Reward, check_reward, make_reward, register
+from alignprop_jax.rewards.base import no_prompt_inputs
+from alignprop_jax.rewards.registry import _FACTORIES
+
+SHAPE = (4, 4, 3)
+
+
+class Tokenizer:
+    """Token ids are the lengths of the words, padded with zeros."""
+
+    model_max_length = 5
+
+    def __call__(self, prompts, **options):
+        ids = [([len(word) for word in prompt.split()] + [0] * 5)[:5] for prompt in prompts]
+        return type("Encoding", (), {"input_ids": np.array(ids)})
+
+
+@pytest.fixture
+def brightness(monkeypatch):
+    monkeypatch.setattr("alignprop_jax.rewards.registry._FACTORIES", dict(_FACTORIES))
+
+    @register("brightness")
+    def make(gain=1.0):
+        def score(params, images, inputs):
+            return params["gain"] * images.mean((1, 2, 3))
+
+        return Reward("brightness", {"gain": jnp.float32(gain)}, score, no_prompt_inputs)
+
+
+def write(tmp_path, body):
+    path = tmp_path / "my_reward.py"
+    path.write_text(f"import jax.numpy as jnp\nimport numpy as np\n\n{body}\n")
+    return str(path)
+
+
+def user_reward(tmp_path, expression):
+    path = write(tmp_path, f"def score(images, prompts):\n    return {expression}")
+    return make_reward(f"{path}:score", Tokenizer())
+
+
+def test_registered_reward_gets_its_options(brightness):
+    reward = make_reward("brightness", None, {"brightness": {"gain": 3.0}, "aesthetic": {}})
+    images = jnp.full((2, *SHAPE), 0.5)
+    np.testing.assert_allclose(reward.score(reward.params, images, None), [1.5, 1.5])
+
+
+def test_users_function_gets_token_ids(tmp_path):
+    reward = user_reward(tmp_path, "images.mean((1, 2, 3)) + prompts[:, 1]")
+    check_reward(reward, SHAPE)
+    inputs = reward.prepare(["a cat", "an octopus"])
+    assert inputs.dtype == np.int32
+    scores = jax.jit(reward.score)(reward.params, jnp.zeros((2, *SHAPE)), inputs)
+    assert scores.tolist() == [3.0, 7.0]
+
+
+def test_weighted_sum_and_its_parts(brightness, tmp_path):
+    path = write(tmp_path, "def words(images, prompts):\n    return (prompts > 0).sum(1) * 1.0")
+    spec = {"brightness": 2.0, f"{path}:words": -0.5}
+    reward = make_reward(spec, Tokenizer(), {"brightness": {"gain": 10.0}})
+    check_reward(reward, SHAPE)
+    images = jnp.stack([jnp.full(SHAPE, 0.1), jnp.full(SHAPE, 0.2)])
+    arguments = (reward.params, images, reward.prepare(["cat", "a red cat"]))
+    np.testing.assert_allclose(reward.score(*arguments), [2 * 1 - 0.5, 2 * 2 - 1.5], rtol=1e-6)
+    parts = {name: part(*arguments) for name, part in reward.parts.items()}
+    assert list(parts) == list(spec)
+    np.testing.assert_allclose(parts["brightness"], [1, 2], rtol=1e-6)
+    np.testing.assert_allclose(parts[f"{path}:words"], [1, 3])
+
+
+@pytest.mark.parametrize(
+    "expression, message",
+    [
+        ("images.mean()", r"must return one score an image, shape \[3\] for 3 images, not \[\]"),
+        ("images.mean((1, 2))", r"not \[3, 3\]"),
+        ("[0.0, 1.0, 2.0]", "not list"),
+        ("prompts[:, 0]", "must return floats, not int32"),
+        ("np.asarray(images).mean((1, 2, 3))", "cannot be traced by JAX"),
+        ("images.mean((1, 2, 3)) * (1 if images.sum() > 0 else 2)", "cannot be traced by JAX"),
+        ("unknown", "fails: NameError"),
+    ],
+)
+def test_bad_function_is_named(tmp_path, expression, message):
+    with pytest.raises(UserError, match=f"^reward 'score' .*{message}"):
+        check_reward(user_reward(tmp_path, expression), SHAPE)
+
+
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        ("asthetic", "reward 'asthetic' not found; give aesthetic or path/to/file.py:function"),
+        ("missing.py:score", "no file 'missing.py'"),
+        ({"aesthetic": "much"}, "weight of reward 'aesthetic' must be a number"),
+        ({}, "needs one at least"),
+    ],
+)
+def test_reward_not_found(spec, message, monkeypatch):
+    monkeypatch.setitem(_FACTORIES, "aesthetic", lambda: None)
+    with pytest.raises(UserError, match=message):
+        make_reward(spec, Tokenizer())
+
+
+def test_file_without_the_function(tmp_path):
+    with pytest.raises(UserError, match="has no function 'scored'"):
+        make_reward(f"{write(tmp_path, '')}:scored", Tokenizer())
+
+
+def test_file_that_fails(tmp_path):
+    with pytest.raises(UserError, match="fails: ZeroDivisionError"):
+        make_reward(f"{write(tmp_path, '1 / 0')}:score", Tokenizer())
