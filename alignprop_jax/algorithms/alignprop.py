@@ -1,0 +1,151 @@
+"""AlignProp: the reward's gradient, through the decoder and the sampler, to the LoRA factors."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Sharding
+from jaxtyping import Array, Bool, Float, Key, PyTree
+
+from alignprop_jax.algorithms.accumulation import accumulate_gradients
+from alignprop_jax.algorithms.prompt_order import prompt_indices
+from alignprop_jax.errors import UserError
+from alignprop_jax.lora import scale_lora
+from alignprop_jax.losses import Loss
+from alignprop_jax.rewards.base import Reward
+from alignprop_jax.state import TrainState
+from alignprop_jax.truncation import first_trained_step
+
+Metrics = dict[str, Array]
+
+
+@flax.struct.dataclass
+class PromptTable:
+    """The P prompts of a run, encoded once, as the train step looks them up."""
+
+    context: Float[Array, "p l d"]  # from the text encoder
+    uncond: Float[Array, "1 l d"]  # the negative prompt, from the text encoder
+    reward_inputs: PyTree  # from the reward's prepare, leading axis P
+
+
+def make_train_step(
+    sample: Callable[..., Float[Array, "b h w 3"]],
+    reward: Reward,
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    draw_trained: Callable[[Key[Array, ""]], Bool[Array, " t"]],
+    *,
+    latent_shape: tuple[int, int, int],
+    lora_scale: float,
+    batch_size: int,
+    microbatch_size: int = 0,
+    batch_sharding: Sharding | None = None,
+) -> Callable[[Any, Any, PromptTable, TrainState], tuple[TrainState, Metrics]]:
+    """Builds one update of AlignProp (arXiv 2310.03739, algorithm 1).
+
+    Args:
+        sample: the differentiable sampler, from `sampling.make_sampler`.
+        reward: what is raised; its weights are an argument of the step.
+        loss: turns rewards into losses, from `losses.make_loss`.
+        optimizer: of the LoRA factors.
+        draw_trained: which sampler steps carry gradient, drawn once a step for the whole batch.
+        latent_shape: height, width and channels of the latents.
+        lora_scale: alpha / rank.
+        batch_size: images a step.
+        microbatch_size: images in memory at a time, a divisor of the batch size; 0 for all.
+        batch_sharding: how the images of a microbatch are laid out over devices.
+
+    Returns:
+        A pure function `train_step(params, reward_params, prompts, state) -> (state, metrics)`, to
+        be jitted. `params` holds the frozen "unet" and "vae", `reward_params` the reward's weights.
+        A step whose loss or gradient is not finite leaves LoRA and optimizer as they are, and is
+        counted in the state.
+
+        Metrics are scalars: loss, reward_mean, reward_std (over the batch), reward/NAME for the
+        mean of each part of a sum of rewards, grad_norm (before clipping), start_step (the first
+        step with gradient; the number of steps if there is none), skipped and skipped_in_a_row.
+
+    Raises:
+        UserError: when the microbatch size does not divide the batch size.
+    """
+    microbatch_size = microbatch_size or batch_size
+    if batch_size % microbatch_size:
+        raise UserError(
+            f"train.microbatch_size is {microbatch_size}; it must divide train.batch_size, "
+            f"which is {batch_size}"
+        )
+    num_microbatches = batch_size // microbatch_size
+
+    def on_devices(tree):
+        if batch_sharding is None:
+            return tree
+        return jax.lax.with_sharding_constraint(tree, batch_sharding)
+
+    def train_step(params, reward_params, prompts, state):
+        order_key, noise_key = jax.random.split(state.key)
+        truncation_key, images_key = jax.random.split(jax.random.fold_in(noise_key, state.step))
+        trained = draw_trained(truncation_key)
+        num_prompts = prompts.context.shape[0]
+        indices = prompt_indices(order_key, state.step, batch_size, num_prompts)
+        image_keys = jax.random.split(images_key, batch_size)
+
+        def objective(lora, batch):
+            indices, image_keys = batch
+            latent_keys, sampler_keys = jax.vmap(jax.random.split, out_axes=1)(image_keys)
+            latents = jax.vmap(lambda key: jax.random.normal(key, latent_shape))(latent_keys)
+            context, inputs = jax.tree.map(
+                lambda table: table[indices], (prompts.context, prompts.reward_inputs)
+            )
+            latents, context, inputs = on_devices((latents, context, inputs))
+            images = sample(
+                params,
+                scale_lora(lora, lora_scale),
+                latents,
+                context,
+                prompts.uncond,
+                sampler_keys,
+                trained,
+            )
+            scores = reward.score(reward_params, images, inputs)
+            parts = {
+                name: score(reward_params, images, inputs) for name, score in reward.parts.items()
+            }
+            return jnp.mean(loss(scores)), (scores, parts)
+
+        value, (scores, parts), gradient = accumulate_gradients(
+            objective, state.lora, (indices, image_keys), num_microbatches
+        )
+        grad_norm = optax.global_norm(gradient)
+        state = update(state, gradient, jnp.isfinite(value) & jnp.isfinite(grad_norm))
+        metrics = {
+            "loss": value,
+            "reward_mean": jnp.mean(scores),
+            "reward_std": jnp.std(scores),
+            **{f"reward/{name}": jnp.mean(part) for name, part in parts.items()},
+            "grad_norm": grad_norm,
+            "start_step": first_trained_step(trained),
+            "skipped": state.skipped,
+            "skipped_in_a_row": state.skipped_in_a_row,
+        }
+        return state, metrics
+
+    def update(state, gradient, finite):
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.lora)
+        lora = optax.apply_updates(state.lora, updates)
+        lora, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (lora, opt_state),
+            (state.lora, state.opt_state),
+        )
+        return state.replace(
+            step=state.step + 1,
+            lora=lora,
+            opt_state=opt_state,
+            skipped=state.skipped + ~finite,
+            skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
+        )
+
+    return train_step
