@@ -31,13 +31,13 @@ UNETS = {
         "cross_attention_dim": 32,
         "norm_num_groups": 8,
     },
-    # Channel counts that no power of two divides, two layers, attention on the middle levels only.
+    # Odd channel counts, attention on the lower levels only, the other order of the sinusoids.
     "odd": {
-        "sample_size": 12,
+        "sample_size": 8,
         "block_out_channels": (24, 40, 72),
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "layers_per_block": 2,
+        "layers_per_block": 1,
         "attention_head_dim": 4,
         "cross_attention_dim": 20,
         "norm_num_groups": 8,
@@ -45,13 +45,13 @@ UNETS = {
         "flip_sin_to_cos": False,
         "freq_shift": 1,
     },
-    # Stable Diffusion 2: linear projections, a head count a block, v prediction.
+    # Stable Diffusion 2: linear projections, a head count a block; here two layers a block.
     "sd2": {
         "sample_size": 8,
         "block_out_channels": (16, 32),
         "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
         "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-        "layers_per_block": 1,
+        "layers_per_block": 2,
         "attention_head_dim": [2, 4],
         "cross_attention_dim": 24,
         "norm_num_groups": 4,
@@ -61,8 +61,8 @@ UNETS = {
 
 VAES = {
     "tiny": {"block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 8},
-    "odd": {"block_out_channels": (24, 40, 72), "layers_per_block": 2, "norm_num_groups": 4},
-    "sd2": {"block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 4},
+    "odd": {"block_out_channels": (24, 40, 72), "layers_per_block": 1, "norm_num_groups": 4},
+    "sd2": {"block_out_channels": (16, 32), "layers_per_block": 2, "norm_num_groups": 4},
 }
 
 TEXTS = {

@@ -33,14 +33,14 @@ class TransformerConfig:
                 f"which is not one of {', '.join(ACTIVATIONS)}"
             )
         hidden_size = config.get("hidden_size", hidden_size)
-        return dict(
-            hidden_size=hidden_size,
-            intermediate_size=config.get("intermediate_size", 4 * hidden_size),
-            num_layers=config.get("num_hidden_layers", 12),
-            num_heads=config.get("num_attention_heads", num_heads),
-            hidden_act=activation,
-            layer_norm_eps=config.get("layer_norm_eps", 1e-5),
-        )
+        return {
+            "hidden_size": hidden_size,
+            "intermediate_size": config.get("intermediate_size", 4 * hidden_size),
+            "num_layers": config.get("num_hidden_layers", 12),
+            "num_heads": config.get("num_attention_heads", num_heads),
+            "hidden_act": activation,
+            "layer_norm_eps": config.get("layer_norm_eps", 1e-5),
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,7 +275,7 @@ class CLIPModel(nn.Module):
         return self.text_projection(self.text_model(input_ids)[1])
 
     def get_image_features(self, pixel_values: Float[Array, "b h w c"]) -> Float[Array, "b p"]:
-        """Embeddings of images that were resized and normalised for CLIP; not normalised themselves."""
+        """Embeddings, not normalised, of images resized and normalised for CLIP."""
         return self.visual_projection(self.vision_model(pixel_values)[1])
 
     def __call__(

@@ -1,4 +1,4 @@
-"""Reading the `config.json` of a model folder: what is known is taken, what would change the model is refused."""
+"""Reading the `config.json` of a model folder, where what is not implemented is refused."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -25,10 +25,12 @@ def refuse_unsupported(
             )
 
 
-def per_block(value: Any, num_blocks: int) -> tuple:
+def per_block(key: str, value: Any, num_blocks: int) -> tuple:
     """One value a block, from a scalar or from a list that has one already."""
     if isinstance(value, (list, tuple)):
         if len(value) != num_blocks:
-            raise UserError(f"config.json lists {len(value)} values for {num_blocks} blocks: {value}")
+            raise UserError(
+                f"config.json lists {len(value)} values of {key} for {num_blocks} blocks: {value}"
+            )
         return tuple(value)
     return (value,) * num_blocks

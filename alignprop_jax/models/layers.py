@@ -1,4 +1,4 @@
-"""The layers every model shares: linear with an optional LoRA term, convolution, norms, attention."""
+"""The layers all models share: linear with an optional LoRA term, convolution, norms, attention."""
 
 from collections.abc import Callable
 
@@ -75,7 +75,7 @@ def dot_product_attention(
     num_heads: int,
     mask: Bool[Array, "q k"] | None = None,
 ) -> Float[Array, "b q c"]:
-    """softmax(Q K^T / sqrt(d)) V for each head, with the softmax in float32 (Vaswani et al., 2017, eq. 1).
+    """softmax(Q K^T / sqrt(d)) V by head, the softmax in float32 (Vaswani et al., 2017, eq. 1).
 
     Args:
         mask: True where a query may look at a key; None for everywhere.

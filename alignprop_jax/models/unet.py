@@ -17,13 +17,16 @@ from alignprop_jax.models.layers import Linear, conv, group_norm
 _SUPPORTED = {
     "act_fn": ("silu", "swish"),
     "addition_embed_type": (None,),
+    "attention_type": ("default",),
     "center_input_sample": (False,),
     "class_embed_type": (None,),
     "conv_in_kernel": (3,),
     "conv_out_kernel": (3,),
     "cross_attention_norm": (None,),
+    "downsample_padding": (1,),
     "dual_cross_attention": (False,),
     "encoder_hid_dim": (None,),
+    "mid_block_only_cross_attention": (None, False),
     "mid_block_scale_factor": (1, 1.0),
     "mid_block_type": ("UNetMidBlock2DCrossAttn",),
     "num_class_embeds": (None,),
@@ -38,8 +41,15 @@ _SUPPORTED = {
     "time_embedding_type": ("positional",),
     "timestep_post_act": (None,),
 }
-_DOWN_BLOCKS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
-_UP_BLOCKS = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
+# Block types, and whether they have transformers.
+_BLOCKS = {
+    "down_block_types": {"CrossAttnDownBlock2D": True, "DownBlock2D": False},
+    "up_block_types": {"CrossAttnUpBlock2D": True, "UpBlock2D": False},
+}
+_DEFAULT_BLOCKS = {
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,25 +79,32 @@ class UNetConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "UNetConfig":
-        """Reads diffusers' UNet2DConditionModel config.json; UserError where it is not supported."""
+        """Reads diffusers' UNet2DConditionModel config.json; UserError where not supported."""
         refuse_unsupported(config, _SUPPORTED, "UNet")
         channels = tuple(config["block_out_channels"])
         levels = len(channels)
-        down = config.get("down_block_types", ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",))
-        up = config.get("up_block_types", ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3)
-        refuse_unsupported({"down_block_types": set(down) - set(_DOWN_BLOCKS)}, {"down_block_types": (set(),)}, "UNet")
-        refuse_unsupported({"up_block_types": set(up) - set(_UP_BLOCKS)}, {"up_block_types": (set(),)}, "UNet")
-        heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
+
+        def per_level(key, default):
+            return per_block(key, config.get(key, default), levels)
+
+        def attention(key):
+            blocks = per_level(key, _DEFAULT_BLOCKS[key])
+            for block in blocks:
+                refuse_unsupported({key: block}, {key: tuple(_BLOCKS[key])}, "UNet")
+            return tuple(_BLOCKS[key][block] for block in blocks)
+
+        # diffusers' files set the count of heads under the second name, as if it were their size.
+        heads = "num_attention_heads" if config.get("num_attention_heads") else "attention_head_dim"
         return cls(
             sample_size=config.get("sample_size") or 64,
             in_channels=config.get("in_channels", 4),
             out_channels=config.get("out_channels", 4),
             channels=channels,
-            layers_per_block=per_block(config.get("layers_per_block", 2), levels),
-            transformer_layers=per_block(config.get("transformer_layers_per_block", 1), levels),
-            num_heads=per_block(heads, levels),
-            down_attention=tuple(_DOWN_BLOCKS[name] for name in down),
-            up_attention=tuple(_UP_BLOCKS[name] for name in up),
+            layers_per_block=per_level("layers_per_block", 2),
+            transformer_layers=per_level("transformer_layers_per_block", 1),
+            num_heads=per_level(heads, 8),
+            down_attention=attention("down_block_types"),
+            up_attention=attention("up_block_types"),
             context_dim=config.get("cross_attention_dim", 1280),
             norm_num_groups=config.get("norm_num_groups", 32),
             norm_eps=config.get("norm_eps", 1e-5),
@@ -100,7 +117,10 @@ class UNetConfig:
 def timestep_embedding(
     timesteps: Shaped[Array, " b"], dim: int, flip_sin_to_cos: bool, freq_shift: float
 ) -> Float[Array, "b d"]:
-    """Sinusoids of the timestep at geometrically spaced frequencies (Vaswani et al., 2017, section 3.5)."""
+    """Sinusoids of the timestep at geometrically spaced frequencies.
+
+    Vaswani et al., 2017, section 3.5.
+    """
     half = dim // 2
     frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(half) / (half - freq_shift))
     angles = timesteps.astype(jnp.float32)[:, None] * frequencies[None, :]
@@ -122,7 +142,7 @@ class TimestepMLP(nn.Module):
 
 
 class Stage(nn.Module):
-    """Residual blocks of one resolution, each followed by a transformer where `attention` is set."""
+    """Residual blocks of one resolution, each followed by a transformer if `attention` is set."""
 
     config: UNetConfig
     level: int
@@ -150,7 +170,7 @@ class Stage(nn.Module):
 
 
 class DownStage(Stage):
-    """Returns the result and what the skip connections keep of it, downsampled at the end unless lowest."""
+    """Returns the result and its skip connections; downsamples at the end unless lowest."""
 
     @nn.compact
     def __call__(self, x, time_embedding, context):
@@ -234,7 +254,9 @@ class UNet(nn.Module):
             x, time_embedding, context
         )
         for i, level in enumerate(reversed(range(levels))):
-            stage = UpStage(config, level, config.up_attention[i], self.dtype, name=f"up_blocks.{i}")
+            stage = UpStage(
+                config, level, config.up_attention[i], self.dtype, name=f"up_blocks.{i}"
+            )
             split = len(skips) - config.layers_per_block[level] - 1
             x = stage(x, skips[split:], time_embedding, context)
             skips = skips[:split]

@@ -1,4 +1,4 @@
-"""The autoencoder that takes images to latents and back (Rombach et al., 2022, arXiv 2112.10752)."""
+"""The autoencoder, images to latents and back (Rombach et al., 2022, arXiv 2112.10752)."""
 
 import dataclasses
 from collections.abc import Mapping
