@@ -1,0 +1,100 @@
+"""Low-rank adaptation (Hu et al., 2021, arXiv 2106.09685): a trainable tree beside frozen weights.
+
+The tree mirrors the modules of the adapted model and holds {"down": [in, r], "up": [r, out]} at
+each adapted linear layer, which computes x W + (alpha / r) (x down) up.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array, Key
+
+from alignprop_jax.errors import UserError
+
+LoraTree = Mapping[str, Any]
+
+ATTENTION_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+def init_lora(
+    key: Key[Array, ""],
+    params: Mapping[str, Any],
+    rank: int = 4,
+    targets: Sequence[str] = ATTENTION_PROJECTIONS,
+) -> LoraTree:
+    """Fresh factors, float32: down of standard deviation 1 / rank, up = 0, so no change at first.
+
+    Args:
+        key: source of the random factors.
+        params: the model's parameters, or anything of their shapes.
+        rank: r, the same for every layer.
+        targets: the names of the linear layers to adapt, or the ends of their dotted paths; by
+            default the projections of every attention.
+
+    Raises:
+        UserError: the rank is not positive, or there is no target, or one matches no linear layer.
+    """
+    if rank < 1:
+        raise UserError(f"lora.rank is {rank}; it must be at least 1")
+    if not targets:
+        raise UserError("lora.targets is empty; there would be nothing to train")
+    linears = linear_shapes(params)
+    adapted = {}
+    for target in targets:
+        matches = {name for name in linears if f".{name}".endswith(f".{target}")}
+        if not matches:
+            raise UserError(
+                f"lora.targets has {target!r}, which is no linear layer of the model; "
+                f"those of attention are {', '.join(ATTENTION_PROJECTIONS)}"
+            )
+        adapted |= {name: linears[name] for name in matches}
+    keys = jax.random.split(key, len(adapted))
+    factors = {}
+    for layer_key, (path, fan_in, fan_out) in zip(keys, sorted(adapted.values()), strict=True):
+        factors[*path, "down"] = jax.random.normal(layer_key, (fan_in, rank)) / rank
+        factors[*path, "up"] = jnp.zeros((rank, fan_out))
+    return unflatten_dict(factors)
+
+
+def linear_shapes(params: Mapping[str, Any]) -> dict[str, tuple[tuple[str, ...], int, int]]:
+    """Path in the tree, input size and output size of every linear layer, by dotted name."""
+    return {
+        ".".join(path[:-1]): (path[:-1], *leaf.shape)
+        for path, leaf in flatten_dict(params).items()
+        if path[-1] == "kernel" and len(leaf.shape) == 2
+    }
+
+
+def scale_lora(lora: LoraTree, scale: float | Array) -> LoraTree:
+    """Folds the scale alpha / rank into `up`: the form in which a model takes its factors."""
+    return unflatten_dict(
+        {
+            path: leaf * scale if path[-1] == "up" else leaf
+            for path, leaf in flatten_dict(lora).items()
+        }
+    )
+
+
+def merge_lora(params: Mapping[str, Any], lora: LoraTree, scale: float = 1.0) -> Mapping[str, Any]:
+    """The parameters with W + scale * down up for each adapted W, for use without factors.
+
+    The sum is made in float32 and stored as W was. In bfloat16 that rounds small updates away:
+    train, and sample where it matters, with the factors apart.
+    """
+    merged = flatten_dict(params)
+    factors = flatten_dict(scale_lora(lora, scale))
+    for path in {path[:-1] for path in factors}:
+        kernel = merged[*path, "kernel"]
+        update = jnp.matmul(
+            factors[*path, "down"], factors[*path, "up"], preferred_element_type=jnp.float32
+        )
+        merged[*path, "kernel"] = (kernel.astype(jnp.float32) + update).astype(kernel.dtype)
+    return unflatten_dict(merged)
+
+
+def count_parameters(tree: Any) -> int:
+    """The number of scalars in a tree of arrays or of their shapes."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
