@@ -44,6 +44,13 @@ _HUB_PATTERNS = [
     ),
 ]
 
+_CONFIG_CLASSES = {
+    UNet: UNetConfig,
+    AutoencoderKL: VAEConfig,
+    CLIPTextModel: CLIPTextConfig,
+    CLIPModel: CLIPConfig,
+}
+
 _Config = TypeVar("_Config")
 
 
@@ -130,12 +137,30 @@ def load_clip(model: str | Path, dtype: Any = jnp.float32) -> tuple[CLIPModel, P
     folder = resolve_model(model)
     if str(model) == EMOJI:
         folder /= "clip"
-    clip = CLIPModel(_config(folder, CLIPConfig.from_dict), jnp.dtype(dtype))
-    return clip, load_params(abstract_params(clip), _weights_file(folder), dtype)
+    return load_component(CLIPModel, folder, dtype)
+
+
+def load_component(
+    module_class: type[nn.Module], folder: Path, dtype: Any = jnp.float32
+) -> tuple[nn.Module, ParamTree]:
+    """Loads the one model in `folder`, built from its config.json.
+
+    Raises:
+        UserError: a file is missing, not supported or damaged. The message names it.
+    """
+    module = module_class(
+        _config(folder, _CONFIG_CLASSES[module_class].from_dict), jnp.dtype(dtype)
+    )
+    return module, load_params(abstract_params(module), _weights_file(folder), dtype)
 
 
 def abstract_params(module: nn.Module) -> ParamTree:
     """The parameters of a model of this package as `jax.ShapeDtypeStruct`s, allocating nothing."""
+    return jax.eval_shape(module.init, jax.random.key(0), *example_inputs(module))["params"]
+
+
+def example_inputs(module: nn.Module) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """The smallest inputs, as shapes, with which a model of this package can be initialised."""
     config = module.config
 
     def images(size: int, channels: int) -> jax.ShapeDtypeStruct:
@@ -147,16 +172,15 @@ def abstract_params(module: nn.Module) -> ParamTree:
             sample = images(2 ** (len(config.channels) - 1), config.in_channels)
             timesteps = jax.ShapeDtypeStruct((1,), jnp.int32)
             context = jax.ShapeDtypeStruct((1, 1, config.context_dim), jnp.float32)
-            inputs = (sample, timesteps, context)
+            return sample, timesteps, context
         case AutoencoderKL():
-            inputs = (images(config.downscale, config.in_channels),)
+            return (images(config.downscale, config.in_channels),)
         case CLIPTextModel():
-            inputs = (tokens,)
+            return (tokens,)
         case CLIPModel():
-            inputs = (tokens, images(config.vision.image_size, 3))
+            return tokens, images(config.vision.image_size, 3)
         case _:
             raise TypeError(f"not a model of this package: {type(module).__name__}")
-    return jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
 
 
 def _config(

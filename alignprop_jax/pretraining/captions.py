@@ -104,5 +104,6 @@ def caption_words() -> list[str]:
     """Every word a caption may hold and a few that prompts often add, sorted."""
     phrases = [*OBJECT_NAMES, *(plural(name) for name in OBJECT_NAMES if is_countable(name))]
     grammar = "a an some and on background the of in with photo picture image emoji one white"
-    words = " ".join([*phrases, *COLORS, *NUMBERS.values(), grammar]).split()
+    looks = "flat glossy blurry faded noisy"
+    words = " ".join([*phrases, *COLORS, *NUMBERS.values(), grammar, looks]).split()
     return sorted(set(words))

@@ -1,0 +1,156 @@
+"""Trains the model in the package from pictures of emoji, part by part.
+
+Each part is written to `--output` in the layout of diffusers and transformers as soon as it is
+trained. Killed and started again, the program goes on from the last checkpoint in `--workdir`.
+"""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from alignprop_jax.compilation import enable_compilation_cache
+from alignprop_jax.errors import run_program
+from alignprop_jax.models.clip import CLIPConfig, CLIPModel, CLIPTextModel
+from alignprop_jax.models.unet import UNet, UNetConfig
+from alignprop_jax.models.vae import AutoencoderKL, VAEConfig
+from alignprop_jax.pretrained import example_inputs, load_component
+from alignprop_jax.pretraining import export
+from alignprop_jax.pretraining.autoencoder import make_autoencoder_loss, make_image_batches
+from alignprop_jax.pretraining.captions import caption_words
+from alignprop_jax.pretraining.contrastive import make_caption_batches, make_contrastive_loss
+from alignprop_jax.pretraining.diffusion import make_diffusion_loss, make_latent_batches
+from alignprop_jax.pretraining.emoji_dataset import prepare
+from alignprop_jax.pretraining.fit import Recipe, fit
+from alignprop_jax.pretraining.latents import encode_scenes
+from alignprop_jax.pretraining.scenes import SceneSampler
+from alignprop_jax.pretraining.sprites import load_sprites
+from alignprop_jax.pretraining.tokenizer import build_tokenizer
+from alignprop_jax.prompts import load_tokenizer, tokenize
+from alignprop_jax.schedulers import DDIMScheduler
+
+DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
+_PARTS = ("clip", "vae", "unet")
+
+_CONFIG = config_flags.DEFINE_config_file("config", "configs/emoji_pretrain.py", "The recipe.")
+_DATA = flags.DEFINE_string("data", None, "Folder that launch/fetch_emoji.sh has filled.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Checkpoints and intermediate data.")
+_OUTPUT = flags.DEFINE_string("output", None, "Model folder to write.")
+_PARTS_FLAG = flags.DEFINE_multi_enum("part", list(_PARTS), _PARTS, "Parts to train, in order.")
+flags.mark_flags_as_required(["data", "workdir", "output"])
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    logging.set_verbosity(logging.INFO)
+    enable_compilation_cache()
+    config, workdir, output = _CONFIG.value, Path(_WORKDIR.value), Path(_OUTPUT.value)
+    prepare(_DATA.value, workdir / "data")
+    scenes = SceneSampler(load_sprites(workdir / "data"))
+    train = {"clip": train_clip, "vae": train_autoencoder, "unet": train_unet}
+    for part in _PARTS_FLAG.value:
+        train[part](config, scenes, workdir, output)
+
+
+def train_clip(config: ConfigDict, scenes: SceneSampler, workdir: Path, output: Path) -> None:
+    """Builds the tokenizer and trains both towers of CLIP."""
+    build_tokenizer(caption_words(), output / "tokenizer")
+    tokenizer = load_tokenizer(output / "tokenizer")
+    config_json = export.clip_config(config.clip, tokenizer)
+    model = CLIPModel(CLIPConfig.from_dict(config_json))
+    batches = make_caption_batches(
+        scenes,
+        tokenizer,
+        config.clip.batch_size,
+        config.clip.style_share,
+        config.clip.degraded_share,
+    )
+    params = fit(
+        "clip",
+        _recipe(config.clip),
+        make_contrastive_loss(model),
+        batches,
+        _init(model, config.seed),
+        workdir,
+        config.seed,
+    )
+    export.write_clip(output, config_json, params)
+
+
+def train_autoencoder(
+    config: ConfigDict, scenes: SceneSampler, workdir: Path, output: Path
+) -> None:
+    """Trains the autoencoder and measures the scale of its latents."""
+    config_json = export.vae_config(config.vae)
+    model = AutoencoderKL(VAEConfig.from_dict(config_json))
+    params = fit(
+        "vae",
+        _recipe(config.vae),
+        make_autoencoder_loss(model, config.vae.kl_weight),
+        make_image_batches(scenes, config.vae.batch_size),
+        _init(model, config.seed),
+        workdir,
+        config.seed,
+    )
+    latents, _ = encode_scenes(model, params, scenes, num_scenes=512, seed=config.seed)
+    config_json["scaling_factor"] = float(1.0 / latents.astype(np.float32).std())
+    export.write_model(output / "vae", config_json, params, DIFFUSERS_WEIGHTS)
+
+
+def train_unet(config: ConfigDict, scenes: SceneSampler, workdir: Path, output: Path) -> None:
+    """Trains the UNet on encoded scenes with the text tower of CLIP."""
+    tokenizer = load_tokenizer(output / "tokenizer")
+    text_encoder, text_params = load_component(CLIPTextModel, output / "text_encoder")
+    vae, vae_params = load_component(AutoencoderKL, output / "vae")
+    scheduler = DDIMScheduler.from_config(export.scheduler_config())
+
+    latents, captions = encode_scenes(
+        vae, vae_params, scenes, config.unet.num_scenes, config.seed, cache=workdir / "latents.npz"
+    )
+    texts = ["", *sorted(set(captions))]
+    row = {text: index for index, text in enumerate(texts)}
+    text_table, _ = jax.jit(text_encoder.apply)({"params": text_params}, tokenize(tokenizer, texts))
+    config_json = export.unet_config(config.unet, vae.config, text_encoder.config)
+    model = UNet(UNetConfig.from_dict(config_json))
+    params = fit(
+        "unet",
+        _recipe(config.unet),
+        make_diffusion_loss(model, jnp.asarray(scheduler.alpha_bar), text_table),
+        make_latent_batches(
+            (latents * vae.config.scaling_factor).astype(np.float32),
+            np.array([row[caption] for caption in captions]),
+            config.unet.batch_size,
+            config.unet.caption_dropout,
+        ),
+        _with_residuals_off(_init(model, config.seed)),
+        workdir,
+        config.seed,
+    )
+    export.write_model(output / "unet", config_json, params, DIFFUSERS_WEIGHTS)
+    export.write_pipeline_index(output)
+
+
+def _recipe(config: ConfigDict) -> Recipe:
+    return Recipe(config.num_steps, config.batch_size, config.learning_rate)
+
+
+def _init(model, seed: int):
+    inputs = [jnp.zeros(x.shape, x.dtype) for x in example_inputs(model)]
+    return jax.jit(model.init)(jax.random.key(seed), *inputs)["params"]
+
+
+def _with_residuals_off(params):
+    """Zeroes the last layer of every residual branch, so that the UNet starts simple."""
+    last = ("conv2", "proj_out", "conv_out", "net.2", "to_out.0")
+
+    def zero(path, leaf):
+        return jnp.zeros_like(leaf) if path[-2].key in last else leaf
+
+    return jax.tree_util.tree_map_with_path(zero, params)
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,73 @@
+"""Training CLIP: matching scenes with their captions (Radford et al., 2021, figure 3)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from alignprop_jax.models.clip import CLIPModel
+from alignprop_jax.pretraining.degrade import degrade
+from alignprop_jax.pretraining.fit import BatchFn, LossFn
+from alignprop_jax.pretraining.scenes import SceneSampler
+from alignprop_jax.prompts import tokenize
+
+
+def make_contrastive_loss(model: CLIPModel) -> LossFn:
+    """Symmetric cross-entropy between images and captions; equal captions share the target."""
+
+    def loss_fn(params, batch, key):
+        images, input_ids = batch
+        pixel_values = images.astype(jnp.float32) / 127.5 - 1.0
+        # Sampled pictures are never as clean as drawn ones.
+        pixel_values += 0.06 * jax.random.normal(key, pixel_values.shape)
+        logits = model.apply({"params": params}, input_ids, pixel_values)
+        same = (input_ids[:, None] == input_ids[None, :]).all(-1).astype(jnp.float32)
+        targets = same / same.sum(-1, keepdims=True)
+        loss = (
+            -0.5
+            * (
+                (targets * jax.nn.log_softmax(logits, axis=-1)).sum(-1)
+                + (targets * jax.nn.log_softmax(logits.T, axis=-1)).sum(-1)
+            ).mean()
+        )
+        found = jnp.take_along_axis(same, logits.argmax(-1)[:, None], axis=1)[:, 0]
+        return loss, {"accuracy": found.mean()}
+
+    return loss_fn
+
+
+def make_caption_batches(
+    scenes: SceneSampler,
+    tokenizer,
+    batch_size: int,
+    style_share: float,
+    degraded_share: float,
+) -> BatchFn:
+    """Batches of scenes and token ids: uint8 [B, 64, 64, 3] and int32 [B, L].
+
+    The captions of `style_share` of the scenes tell the style ("a glossy cat", "two flat dogs"),
+    and `degraded_share` of the scenes are spoilt and say so ("a blurry cat"), so that the image
+    embedding keeps what the plain captions would have it forget.
+    """
+
+    def batch_fn(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        images, captions = [], []
+        for _ in range(batch_size):
+            scene = scenes.scene(rng)
+            image, caption = scene.image, scene.caption
+            draw = rng.random()
+            if draw < degraded_share:
+                image, word = degrade(rng, image)
+                caption = _describe(caption, word)
+            elif draw < degraded_share + style_share:
+                caption = _describe(caption, scene.factors["style"])
+            images.append(image)
+            captions.append(caption)
+        return np.stack(images), tokenize(tokenizer, captions)
+
+    return batch_fn
+
+
+def _describe(caption: str, adjective: str) -> str:
+    """Puts an adjective after the first word: "an ant" -> "a blurry ant"."""
+    first, rest = caption.split(" ", 1)
+    return f"{'a' if first == 'an' else first} {adjective} {rest}"

@@ -1,0 +1,171 @@
+"""The model in the package as a folder of diffusers' layout, weights in half precision."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from alignprop_jax.models.clip import CLIPTextConfig
+from alignprop_jax.models.vae import VAEConfig
+from alignprop_jax.pretraining.scenes import IMAGE_SIZE
+from alignprop_jax.weights import save_params
+
+_NORM_GROUPS = 16
+_VAE_NORM_GROUPS = 8
+
+
+def clip_config(config: ConfigDict, tokenizer) -> dict[str, Any]:
+    """transformers' CLIPConfig."""
+    common = {
+        "hidden_size": config.width,
+        "intermediate_size": 4 * config.width,
+        "num_attention_heads": config.num_heads,
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5,
+        "projection_dim": config.width,
+    }
+    return {
+        "architectures": ["CLIPModel"],
+        "model_type": "clip",
+        "projection_dim": config.width,
+        "logit_scale_init_value": 2.6592,
+        "text_config": {
+            "model_type": "clip_text_model",
+            **common,
+            "num_hidden_layers": config.text_layers,
+            "vocab_size": len(tokenizer),
+            "max_position_embeddings": tokenizer.model_max_length,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+        "vision_config": {
+            "model_type": "clip_vision_model",
+            **common,
+            "num_hidden_layers": config.vision_layers,
+            "image_size": IMAGE_SIZE,
+            "patch_size": config.patch_size,
+            "num_channels": 3,
+        },
+    }
+
+
+def vae_config(config: ConfigDict) -> dict[str, Any]:
+    """diffusers' AutoencoderKL config; the scaling factor is measured after training."""
+    levels = len(config.channels)
+    return {
+        "_class_name": "AutoencoderKL",
+        "act_fn": "silu",
+        "block_out_channels": list(config.channels),
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "in_channels": 3,
+        "latent_channels": config.latent_channels,
+        "layers_per_block": 1,
+        "norm_num_groups": _VAE_NORM_GROUPS,
+        "out_channels": 3,
+        "sample_size": IMAGE_SIZE,
+        "scaling_factor": 1.0,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+    }
+
+
+def unet_config(config: ConfigDict, vae: VAEConfig, text_encoder: CLIPTextConfig) -> dict[str, Any]:
+    """diffusers' UNet2DConditionModel config, with transformers at every resolution."""
+    levels = len(config.channels)
+    return {
+        "_class_name": "UNet2DConditionModel",
+        "act_fn": "silu",
+        "attention_head_dim": list(config.num_heads),
+        "block_out_channels": list(config.channels),
+        "cross_attention_dim": text_encoder.hidden_size,
+        "down_block_types": ["CrossAttnDownBlock2D"] * levels,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "in_channels": vae.latent_channels,
+        "layers_per_block": 1,
+        "norm_eps": 1e-5,
+        "norm_num_groups": _NORM_GROUPS,
+        "out_channels": vae.latent_channels,
+        "sample_size": IMAGE_SIZE // vae.downscale,
+        "up_block_types": ["CrossAttnUpBlock2D"] * levels,
+        "use_linear_projection": True,
+    }
+
+
+def scheduler_config() -> dict[str, Any]:
+    """diffusers' DDIMScheduler config: Stable Diffusion's betas, rescaled to end in pure noise.
+
+    With a signal left at the last step the model would never see the noise that sampling starts
+    from (Lin et al., arXiv 2305.08891), which asks for v prediction and trailing timesteps.
+    """
+    return {
+        "_class_name": "DDIMScheduler",
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "clip_sample": False,
+        "num_train_timesteps": 1000,
+        "prediction_type": "v_prediction",
+        "rescale_betas_zero_snr": True,
+        "set_alpha_to_one": False,
+        "steps_offset": 0,
+        "timestep_spacing": "trailing",
+    }
+
+
+def write_clip(output: Path, config: Mapping[str, Any], params) -> None:
+    """Writes both towers to clip/, and the text tower to text_encoder/ where diffusers looks."""
+    write_model(output / "clip", config, params, "model.safetensors")
+    _write_json(
+        output / "clip" / "preprocessor_config.json",
+        {
+            "image_processor_type": "CLIPImageProcessor",
+            "do_center_crop": False,
+            "do_convert_rgb": True,
+            "do_normalize": True,
+            "do_rescale": True,
+            "do_resize": True,
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_std": [0.5, 0.5, 0.5],
+            "resample": 3,
+            "size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+        },
+    )
+    text = {"architectures": ["CLIPTextModel"], **config["text_config"]}
+    text_params = {"text_model": params["text_model"]}
+    write_model(output / "text_encoder", text, text_params, "model.safetensors")
+
+
+def write_pipeline_index(output: Path) -> None:
+    """Writes model_index.json and the scheduler's config, which make the folder a pipeline."""
+    scheduler = scheduler_config()
+    _write_json(output / "scheduler" / "scheduler_config.json", scheduler)
+    _write_json(
+        output / "model_index.json",
+        {
+            "_class_name": "StableDiffusionPipeline",
+            "feature_extractor": [None, None],
+            "requires_safety_checker": False,
+            "safety_checker": [None, None],
+            "scheduler": ["diffusers", "DDIMScheduler"],
+            "text_encoder": ["transformers", "CLIPTextModel"],
+            "tokenizer": ["transformers", "CLIPTokenizer"],
+            "unet": ["diffusers", "UNet2DConditionModel"],
+            "vae": ["diffusers", "AutoencoderKL"],
+        },
+    )
+
+
+def write_model(folder: Path, config: Mapping[str, Any], params, file_name: str) -> None:
+    """Writes config.json and the weights in float16."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_json(folder / "config.json", config)
+    save_params(params, folder / file_name, np.float16)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

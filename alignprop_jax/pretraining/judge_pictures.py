@@ -1,0 +1,83 @@
+"""The pictures that judges learn from: real emoji, spoilt a little, and pictures of nothing."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Key
+
+from alignprop_jax.pretraining.augmentations import (
+    add_noise,
+    blur,
+    compress,
+    jitter_color,
+    smooth_fields,
+    uniform,
+    warp,
+)
+
+
+def make_pictures(
+    key: Key[Array, ""],
+    sprites: Float[Array, "b s s 4"],
+    nothing: Bool[Array, " b"],
+    hue: float,
+) -> Float[Array, "b s s 3"]:
+    """Puts sprites on backgrounds and changes them at random, short of what they show.
+
+    Args:
+        sprites: RGBA in [0, 1], alpha premultiplied.
+        nothing: where the picture is to show no object instead, see `_without_object`.
+        hue: standard deviation of the shift in hue, in radians.
+    """
+    batch = sprites.shape[0]
+    keys = jax.random.split(key, 8)
+    sprites = warp(keys[0], sprites)
+    background = _backgrounds(keys[1], batch)
+    pictures = sprites[..., :3] + background * (1 - sprites[..., 3:])
+    empty = _without_object(keys[2], sprites, pictures, background)
+    pictures = jnp.where(nothing.reshape(-1, 1, 1, 1), empty, pictures)
+    pictures = jitter_color(keys[3], pictures, hue)
+    # A light that varies over any picture, so that a gradient by itself says nothing about style.
+    lit = jax.random.bernoulli(keys[4], 0.4, (batch, 1, 1, 1))
+    light = 0.07 * smooth_fields(keys[5], batch, sprites.shape[1], 1, 12.0)
+    pictures *= 1 + jnp.where(lit, light, 0.0)
+    keys = jax.random.split(keys[6], 4)
+    pictures = blur(pictures, uniform(keys[0], batch, 0.0, 1.0))
+    compressed = jax.random.bernoulli(keys[1], 0.5, (batch, 1, 1, 1))
+    pictures = jnp.where(compressed, compress(keys[2], pictures), pictures)
+    return jnp.clip(add_noise(keys[3], pictures, 0.06), 0, 1)
+
+
+def _backgrounds(key: Key[Array, ""], batch: int) -> Float[Array, "b 1 1 3"]:
+    """White for most, any colour for the others."""
+    white_key, color_key = jax.random.split(key)
+    white = jax.random.bernoulli(white_key, 0.75, (batch, 1, 1, 1))
+    return jnp.where(white, 1.0, jax.random.uniform(color_key, (batch, 1, 1, 3)))
+
+
+def _without_object(
+    key: Key[Array, ""],
+    sprites: Float[Array, "b s s 4"],
+    pictures: Float[Array, "b s s 3"],
+    background: Float[Array, "b 1 1 3"],
+) -> Float[Array, "b s s 3"]:
+    """What a reward could be pleased by, though nothing is to be seen.
+
+    One of: a soft gradient; noise; an object blurred beyond recognition, or all but lost in a
+    gradient; a blob with a gradient inside it, as soft as shading.
+    """
+    batch, size = pictures.shape[:2]
+    keys = jax.random.split(key, 8)
+    # Pastels for the most part: the colours that pictures fade into.
+    base = 1 - uniform(keys[0], batch, 0.1, 1.0) * jax.random.uniform(keys[1], (batch, 1, 1, 3))
+    depth = uniform(keys[2], batch, 0.0, 0.25)
+    gradient = jnp.clip(base + depth * smooth_fields(keys[3], batch, size, 3, 9.0), 0, 1)
+    noise = jnp.clip(base + 0.3 * jax.random.normal(keys[4], pictures.shape), 0, 1)
+    blurred = blur(pictures, uniform(keys[5], batch, 4.0, 8.0))
+    faint = uniform(keys[6], batch, 0.0, 0.12)
+    paled = gradient + faint * (pictures - 1)
+    alpha = (blur(sprites[..., 3:], jnp.full((batch, 1, 1, 1), 4.0)) > 0.5).astype(jnp.float32)
+    blob = blur(gradient * alpha + background * (1 - alpha), jnp.full((batch, 1, 1, 1), 1.0))
+    kinds = jnp.stack([gradient, noise, blurred, paled, blob])
+    weights = jnp.array([0.25, 0.05, 0.2, 0.25, 0.25])
+    choice = jax.random.choice(keys[7], len(kinds), (batch,), p=weights)
+    return kinds[choice, jnp.arange(batch)]

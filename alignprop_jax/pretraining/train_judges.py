@@ -1,0 +1,204 @@
+"""Trains the judges of `alignprop_jax.judges` on real emoji and measures them on real emoji.
+
+    python -m alignprop_jax.pretraining.train_judges --data=DIR --workdir=DIR --output=DIR
+
+`--data` is a folder that launch/fetch_emoji.sh has filled. The output, `recognizer.safetensors`,
+`style.safetensors` and `config.json` with classes and accuracies, is what `load_judges` reads.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import flags, logging
+
+from alignprop_jax.compilation import enable_compilation_cache
+from alignprop_jax.errors import run_program
+from alignprop_jax.judges import IMAGE_SIZE, NOTHING, ConvClassifier, Judge
+from alignprop_jax.pretraining.emoji_dataset import prepare
+from alignprop_jax.pretraining.fit import Recipe, fit
+from alignprop_jax.pretraining.judge_pictures import make_pictures
+from alignprop_jax.pretraining.scenes import SceneMixture, SceneSampler
+from alignprop_jax.pretraining.sprites import STYLES, Sprites, load_sprites
+from alignprop_jax.prompts import ANIMALS, ANIMALS_UNSEEN
+from alignprop_jax.weights import save_params
+
+_SEED = 1729  # of no other part of the project
+
+
+@dataclasses.dataclass(frozen=True)
+class Lesson:
+    """What one judge learns.
+
+    Attributes:
+        classes: the last one is `NOTHING`.
+        by_class: for each other class, in order, the groups of sprites that show it. Classes, then
+            groups, then sprites are drawn evenly.
+        nothing_share: share of pictures without an object.
+        hue: standard deviation of the shift in hue, in radians.
+    """
+
+    classes: tuple[str, ...]
+    by_class: Sequence[Sequence[Sequence[int]]]
+    nothing_share: float
+    hue: float
+
+    def draw(self, rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Labels and sprites, int [size] each; a picture of nothing has a sprite to spoil too."""
+        labels = rng.integers(len(self.by_class), size=size)
+        sprites = [
+            rng.choice(self.by_class[k][rng.integers(len(self.by_class[k]))]) for k in labels
+        ]
+        labels[rng.random(size) < self.nothing_share] = len(self.by_class)
+        return labels, np.array(sprites)
+
+
+def recognizer_lesson(sprites: Sprites) -> Lesson:
+    """The animals of the built-in prompts, whatever the style."""
+    animals = (*ANIMALS, *ANIMALS_UNSEEN)
+    by_class = [[sprites.by_name_and_style[name, style] for style in STYLES] for name in animals]
+    return Lesson((*animals, NOTHING), by_class, nothing_share=0.1, hue=0.3)
+
+
+def style_lesson(sprites: Sprites, names: Sequence[str]) -> Lesson:
+    """Flat or glossy, whatever `names` is shown, and in any hue: tinted flat art is flat."""
+    by_class = [[sprites.by_name_and_style[name, style] for name in names] for style in STYLES]
+    return Lesson((*STYLES, NOTHING), by_class, nothing_share=0.25, hue=1.0)
+
+
+def train_judges(sprites: Sprites, workdir: Path, output: Path) -> dict[str, Any]:
+    """Trains both judges and writes them; returns the content of `config.json`."""
+    held_out = _hold_out(sprites.unique_names)
+    learnt = [name for name in sprites.unique_names if name not in held_out]
+    animals = (*ANIMALS, *ANIMALS_UNSEEN)
+
+    recognizer = _train("recognizer", recognizer_lesson(sprites), sprites, 2500, workdir, output)
+    style = _train("style", style_lesson(sprites, learnt), sprites, 1500, workdir, output)
+
+    clean = _plain_pictures(sprites, animals)
+    unseen = _plain_pictures(sprites, held_out)
+    config = {
+        "recognizer": {
+            "classes": recognizer.classes,
+            "accuracy": {
+                "plain": _share(recognizer, clean, "name"),
+                **_spoilt_accuracy(recognizer, recognizer_lesson(sprites), sprites),
+            },
+        },
+        "style": {
+            "classes": style.classes,
+            "held_out_names": held_out,
+            "accuracy": {
+                "plain_held_out": _share(style, unseen, "style"),
+                **_spoilt_accuracy(style, style_lesson(sprites, held_out), sprites, "_held_out"),
+            },
+        },
+    }
+    (output / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    return config
+
+
+def _hold_out(names: Sequence[str]) -> list[str]:
+    """A fifth of the names, whose pictures the style judge never learns from."""
+    number = len(names) // 5
+    return sorted(np.random.default_rng(_SEED).choice(names, number, replace=False).tolist())
+
+
+def _train(
+    name: str, lesson: Lesson, sprites: Sprites, num_steps: int, workdir: Path, output: Path
+) -> Judge:
+    model = ConvClassifier(len(lesson.classes))
+    table = jnp.asarray(_premultiplied(sprites.images))
+    recipe = Recipe(num_steps, batch_size=64, learning_rate=3e-3, weight_decay=0.05)
+
+    def loss_fn(params, batch, key):
+        labels, indices = batch
+        pictures = _pictures(lesson, table, labels, indices, key)
+        logits = model.apply({"params": params}, pictures)
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        return loss, {"accuracy": (logits.argmax(-1) == labels).mean()}
+
+    images = jnp.zeros((1, IMAGE_SIZE, IMAGE_SIZE, 3))
+    params = jax.jit(model.init)(jax.random.key(_SEED), images)["params"]
+    draw = partial(lesson.draw, size=recipe.batch_size)
+    params = fit(name, recipe, loss_fn, draw, params, workdir, _SEED, checkpoint_every=500)
+    save_params(params, output / f"{name}.safetensors", np.float16)
+    # As users will have it, rounded to half precision.
+    return Judge(
+        lesson.classes, jax.tree.map(lambda x: x.astype(jnp.float16).astype(x.dtype), params)
+    )
+
+
+def _pictures(lesson: Lesson, table, labels, indices, key):
+    nothing = labels == len(lesson.by_class)
+    return make_pictures(key, table[indices].astype(jnp.float32) / 255, nothing, lesson.hue)
+
+
+def _premultiplied(images: np.ndarray) -> np.ndarray:
+    """uint8 RGBA, the colours multiplied by alpha."""
+    alpha = images[..., 3:].astype(np.uint16)
+    return np.concatenate([(images[..., :3] * alpha + 127) // 255, alpha], -1).astype(np.uint8)
+
+
+def _plain_pictures(sprites: Sprites, names: Sequence[str], draws: int = 8) -> list[dict[str, Any]]:
+    """Real emoji as the model's training data shows them: whole, on white, of several sizes."""
+    scenes, rng = SceneSampler(sprites, SceneMixture()), np.random.default_rng(_SEED + 1)
+    return [
+        {"image": scenes.single(rng, name, style), "name": name, "style": style}
+        for name in names
+        for style in STYLES
+        for _ in range(draws)
+    ]
+
+
+def _share(judge: Judge, pictures: list[dict[str, Any]], key: str) -> float:
+    images = np.stack([picture["image"] for picture in pictures]).astype(np.float32) / 255
+    return _accuracy(judge, images, [picture[key] for picture in pictures])
+
+
+def _spoilt_accuracy(
+    judge: Judge, lesson: Lesson, sprites: Sprites, suffix: str = ""
+) -> dict[str, float]:
+    """Accuracy over draws that training never saw, and over pictures of nothing alone."""
+    table = jnp.asarray(_premultiplied(sprites.images))
+    labels, indices = lesson.draw(np.random.default_rng(_SEED + 2), 2048)
+    pictures = jax.jit(partial(_pictures, lesson))(
+        table, labels, indices, jax.random.key(_SEED + 2)
+    )
+    pictures, wanted = np.asarray(pictures), np.array(lesson.classes)[labels]
+    nothing = wanted == NOTHING
+    return {
+        f"spoilt{suffix}": _accuracy(judge, pictures[~nothing], wanted[~nothing]),
+        "nothing": _accuracy(judge, pictures[nothing], wanted[nothing]),
+    }
+
+
+def _accuracy(judge: Judge, images: np.ndarray, wanted: Sequence[str]) -> float:
+    return round(float(np.mean(np.array(judge.classify(images)) == np.array(wanted))), 4)
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    logging.set_verbosity(logging.INFO)
+    enable_compilation_cache()
+    workdir = Path(flags.FLAGS.workdir)
+    prepare(flags.FLAGS.data, workdir / "data")
+    config = train_judges(load_sprites(workdir / "data"), workdir, Path(flags.FLAGS.output))
+    for name, judge in config.items():
+        print(f"{name}: {judge['accuracy']}")
+
+
+if __name__ == "__main__":
+    # Not at import: other programs that train judges have flags of these names.
+    flags.DEFINE_string("data", None, "Folder that launch/fetch_emoji.sh has filled.")
+    flags.DEFINE_string("workdir", None, "Checkpoints and intermediate data.")
+    flags.DEFINE_string("output", None, "Folder to write the judges to.")
+    flags.mark_flags_as_required(["data", "workdir", "output"])
+    run_program(main)

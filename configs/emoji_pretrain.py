@@ -1,0 +1,43 @@
+"""The recipe of the model in the package.
+
+    bash launch/fetch_emoji.sh data/emoji
+    python -m alignprop_jax.pretrain --config=configs/emoji_pretrain.py --data=data/emoji \
+        --workdir=runs/emoji_pretrain --output=alignprop_jax/assets/emoji
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0
+
+    clip = config.clip = ConfigDict()
+    clip.width = 128
+    clip.text_layers = 3
+    clip.vision_layers = 4
+    clip.num_heads = 4
+    clip.patch_size = 8
+    clip.style_share = 0.2  # captions that tell the style
+    clip.degraded_share = 0.1  # scenes that are spoilt, and captions that say so
+    clip.num_steps = 800
+    clip.batch_size = 96
+    clip.learning_rate = 1e-3
+
+    vae = config.vae = ConfigDict()
+    vae.channels = (16, 32, 64, 128)
+    vae.latent_channels = 8
+    vae.kl_weight = 3e-4
+    vae.num_steps = 1400
+    vae.batch_size = 16
+    vae.learning_rate = 2e-3
+
+    unet = config.unet = ConfigDict()
+    unet.channels = (96, 192)
+    unet.num_heads = (3, 6)
+    unet.num_scenes = 24_000  # encoded once, then drawn from
+    unet.caption_dropout = 0.1
+    unet.num_steps = 6000
+    unet.batch_size = 32
+    unet.learning_rate = 1e-3
+    return config
