@@ -188,15 +188,14 @@ def make_sampler(
         keys = jax.random.split(key, batch) if key.ndim == 0 else key
 
         def step(x_t, inputs):
-            index, is_trained, (timestep, alpha_bar, alpha_bar_prev, sigma) = inputs
-            output = gated_denoise(is_trained, lora, x_t, (params["unet"], context, timestep))
+            index, is_trained, at = inputs
+            output = gated_denoise(is_trained, lora, x_t, (params["unet"], context, at.timesteps))
             noise = None
             if eta > 0:
                 noise = jax.vmap(
                     lambda key: jax.random.normal(jax.random.fold_in(key, index), x_t.shape[1:])
                 )(keys)
-            x_prev = sd.scheduler.step(output, x_t, alpha_bar, alpha_bar_prev, sigma, noise)
-            return x_prev, None
+            return sd.scheduler.step(output, x_t, at, noise), None
 
         inputs = (jnp.arange(num_steps), trained, jax.tree.map(jnp.asarray, steps))
         x_0, _ = jax.lax.scan(step, latents.astype(jnp.float32), inputs)

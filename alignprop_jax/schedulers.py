@@ -20,13 +20,14 @@ _TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
 class SamplerSteps(NamedTuple):
     """What a sampler of T steps needs to know of each, first step (most noise) first.
 
-    Plain NumPy, so that it can be closed over by a jitted function or scanned over.
+    A scan over it hands each step its own constants, as scalars.
     """
 
     timesteps: np.ndarray  # [T] int32, what the denoiser is told
     alpha_bar: np.ndarray  # [T] float32, signal power before the step
     alpha_bar_prev: np.ndarray  # [T] float32, signal power after the step
     sigma: np.ndarray  # [T] float32, standard deviation of the noise that the step adds
+    direction: np.ndarray  # [T] float32, amplitude of the predicted noise that the step keeps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,18 +126,13 @@ class DDIMScheduler:
             times = np.arange(steps + 1) / steps
             alpha_bar = np.cos((times + 0.008) / 1.008 * math.pi / 2) ** 2
             betas = np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
-        # The models were trained on betas of this precision, and 1 - alpha_bar at small t shows it.
-        return betas.astype(np.float32)
+        betas = betas.astype(np.float32)
+        return _rescale_to_zero_snr(betas) if self.rescale_betas_zero_snr else betas
 
     @functools.cached_property
     def alpha_bar(self) -> np.ndarray:
         """Signal power after t + 1 noising steps, the product of (1 - beta): [N] float32."""
-        alpha_bar = np.cumprod(np.float32(1) - self._betas(), dtype=np.float64)
-        if self.rescale_betas_zero_snr:
-            # Lin et al., arXiv 2305.08891, algorithm 1: shift the amplitude to end at zero.
-            signal = np.sqrt(alpha_bar)
-            alpha_bar = ((signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])) ** 2
-        return alpha_bar.astype(np.float32)
+        return _alpha_bar(self._betas())
 
     def plan(self, num_steps: int, eta: float = 0.0) -> SamplerSteps:
         """Lays out a sampler of `num_steps` steps.
@@ -176,11 +172,12 @@ class DDIMScheduler:
                 "that predicts epsilon cannot start from; set timestep_spacing to leading"
             )
         variance = (1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)
+        sigma = eta * np.sqrt(variance)
+        # In float32 this difference could lose every digit near pure noise at eta = 1.
+        direction = np.sqrt(np.maximum(1 - alpha_bar_prev - sigma**2, 0))
         return SamplerSteps(
-            timesteps=timesteps.astype(np.int32),
-            alpha_bar=alpha_bar.astype(np.float32),
-            alpha_bar_prev=alpha_bar_prev.astype(np.float32),
-            sigma=(eta * np.sqrt(variance)).astype(np.float32),
+            timesteps.astype(np.int32),
+            *(x.astype(np.float32) for x in (alpha_bar, alpha_bar_prev, sigma, direction)),
         )
 
     def _timesteps(self, num_steps: int) -> np.ndarray:
@@ -225,9 +222,7 @@ class DDIMScheduler:
         self,
         model_output: Float[Array, "*shape"],
         x_t: Float[Array, "*shape"],
-        alpha_bar: Float[Array, ""],
-        alpha_bar_prev: Float[Array, ""],
-        sigma: Float[Array, ""],
+        at: SamplerSteps,
         noise: Float[Array, "*shape"] | None = None,
     ) -> Float[Array, "*shape"]:
         """One DDIM step, eq. 12 of arXiv 2010.02502.
@@ -235,16 +230,28 @@ class DDIMScheduler:
         Args:
             model_output: what the denoiser said of `x_t`.
             x_t: the sample before the step.
-            alpha_bar: signal power before the step.
-            alpha_bar_prev: signal power after the step.
-            sigma: standard deviation of the noise to add.
+            at: the constants of this step alone, each a scalar.
             noise: standard normal noise; None for the deterministic sampler, whose sigma is 0.
 
         Returns:
             The sample after the step.
         """
-        x_0, eps = self.predict(model_output, x_t, alpha_bar)
-        # The difference is zero at eta = 1 for some steps, and rounding must not make it negative.
-        direction = jnp.sqrt(jnp.maximum(1 - alpha_bar_prev - sigma**2, 0.0))
-        x_prev = jnp.sqrt(alpha_bar_prev) * x_0 + direction * eps
-        return x_prev if noise is None else x_prev + sigma * noise
+        x_0, eps = self.predict(model_output, x_t, at.alpha_bar)
+        x_prev = jnp.sqrt(at.alpha_bar_prev) * x_0 + at.direction * eps
+        return x_prev if noise is None else x_prev + at.sigma * noise
+
+
+# Models are trained on tables that were rounded to float32 at each stage, and 1 - alpha_bar shows
+# it where there is little noise. The next two functions round where diffusers does.
+
+
+def _alpha_bar(betas: np.ndarray) -> np.ndarray:
+    return np.cumprod(np.float32(1) - betas, dtype=np.float64).astype(np.float32)
+
+
+def _rescale_to_zero_snr(betas: np.ndarray) -> np.ndarray:
+    """Shifts the signal's amplitude to end at zero: Lin et al., arXiv 2305.08891, algorithm 1."""
+    signal = np.sqrt(_alpha_bar(betas))
+    signal = (signal - signal[-1]) * (signal[0] / (signal[0] - signal[-1]))
+    alpha_bar = signal**2
+    return 1 - np.concatenate([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
