@@ -12,7 +12,7 @@ from tests.torch_pipeline import torch
 
 TOLERANCE = 1e-4
 # The arithmetic is the same; compiling takes a third of the time.
-_QUICK_COMPILATION = {"xla_backend_optimization_level": 0}
+QUICK_COMPILATION = {"xla_backend_optimization_level": 0}
 
 
 def params_from_torch(peer, module):
@@ -60,7 +60,7 @@ def assert_parity(module, peer, apply, peer_apply, inputs):
     cotangents = [c / norm for c in cotangents]
     torch.autograd.backward(expected, [torch.from_numpy(c) for c in cotangents])
 
-    @functools.partial(jax.jit, compiler_options=_QUICK_COMPILATION)
+    @functools.partial(jax.jit, compiler_options=QUICK_COMPILATION)
     def outputs_and_gradients(params, differentiated, rest):
         def f(params, differentiated):
             merged = {**rest, **differentiated}
