@@ -19,7 +19,17 @@ from alignprop_jax.models.unet import UNet, UNetConfig
 from alignprop_jax.models.vae import AutoencoderKL, VAEConfig
 from alignprop_jax.pretrained import example_inputs, load_component
 from alignprop_jax.pretraining import export
-from alignprop_jax.pretraining.autoencoder import make_autoencoder_loss, make_image_batches
+from alignprop_jax.pretraining.aesthetic_head import (
+    aesthetic_loss,
+    embed_scenes,
+    init_head,
+    make_embedding_batches,
+)
+from alignprop_jax.pretraining.autoencoder import (
+    make_autoencoder_loss,
+    make_decoder_loss,
+    make_image_batches,
+)
 from alignprop_jax.pretraining.captions import caption_words
 from alignprop_jax.pretraining.contrastive import make_caption_batches, make_contrastive_loss
 from alignprop_jax.pretraining.diffusion import make_diffusion_loss, make_latent_batches
@@ -31,9 +41,10 @@ from alignprop_jax.pretraining.sprites import load_sprites
 from alignprop_jax.pretraining.tokenizer import build_tokenizer
 from alignprop_jax.prompts import load_tokenizer, tokenize
 from alignprop_jax.schedulers import DDIMScheduler
+from alignprop_jax.weights import save_params
 
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
-_PARTS = ("clip", "vae", "unet")
+_PARTS = ("clip", "aesthetic_head", "vae", "unet", "decoder")
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/emoji_pretrain.py", "The recipe.")
 _DATA = flags.DEFINE_string("data", None, "Folder that launch/fetch_emoji.sh has filled.")
@@ -50,7 +61,13 @@ def main(argv: list[str]) -> None:
     config, workdir, output = _CONFIG.value, Path(_WORKDIR.value), Path(_OUTPUT.value)
     prepare(_DATA.value, workdir / "data")
     scenes = SceneSampler(load_sprites(workdir / "data"))
-    train = {"clip": train_clip, "vae": train_autoencoder, "unet": train_unet}
+    train = {
+        "clip": train_clip,
+        "aesthetic_head": train_aesthetic_head,
+        "vae": train_autoencoder,
+        "unet": train_unet,
+        "decoder": train_decoder,
+    }
     for part in _PARTS_FLAG.value:
         train[part](config, scenes, workdir, output)
 
@@ -80,6 +97,31 @@ def train_clip(config: ConfigDict, scenes: SceneSampler, workdir: Path, output: 
     export.write_clip(output, config_json, params)
 
 
+def train_aesthetic_head(
+    config: ConfigDict, scenes: SceneSampler, workdir: Path, output: Path
+) -> None:
+    """Trains the head of the aesthetic reward on embeddings of the finished CLIP."""
+    clip, clip_params = load_component(CLIPModel, output / "clip")
+    embeddings, scores = embed_scenes(
+        clip,
+        clip_params,
+        scenes,
+        config.aesthetic_head.num_scenes,
+        config.aesthetic_head.spoilt_share,
+        config.seed,
+    )
+    head = fit(
+        "aesthetic_head",
+        _recipe(config.aesthetic_head),
+        aesthetic_loss,
+        make_embedding_batches(embeddings, scores, config.aesthetic_head.batch_size),
+        init_head(config.seed, config.aesthetic_head.widths),
+        workdir,
+        config.seed,
+    )
+    save_params(head, output / "aesthetic_head.safetensors", np.float16)
+
+
 def train_autoencoder(
     config: ConfigDict, scenes: SceneSampler, workdir: Path, output: Path
 ) -> None:
@@ -98,6 +140,22 @@ def train_autoencoder(
     latents, _ = encode_scenes(model, params, scenes, num_scenes=512, seed=config.seed)
     config_json["scaling_factor"] = float(1.0 / latents.astype(np.float32).std())
     export.write_model(output / "vae", config_json, params, DIFFUSERS_WEIGHTS)
+
+
+def train_decoder(config: ConfigDict, scenes: SceneSampler, workdir: Path, output: Path) -> None:
+    """Goes on training the decoder alone, on latents that the UNet already knows."""
+    vae, vae_params = load_component(AutoencoderKL, output / "vae")
+    frozen = {name: vae_params[name] for name in ("encoder", "quant_conv")}
+    decoder = fit(
+        "decoder",
+        _recipe(config.decoder),
+        make_decoder_loss(vae, frozen, config.decoder.latent_noise),
+        make_image_batches(scenes, config.decoder.batch_size),
+        {name: vae_params[name] for name in ("decoder", "post_quant_conv")},
+        workdir,
+        config.seed,
+    )
+    save_params({**frozen, **decoder}, output / "vae" / DIFFUSERS_WEIGHTS, np.float16)
 
 
 def train_unet(config: ConfigDict, scenes: SceneSampler, workdir: Path, output: Path) -> None:

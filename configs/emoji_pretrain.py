@@ -20,15 +20,23 @@ def get_config() -> ConfigDict:
     clip.patch_size = 8
     clip.style_share = 0.2  # captions that tell the style
     clip.degraded_share = 0.1  # scenes that are spoilt, and captions that say so
-    clip.num_steps = 800
-    clip.batch_size = 96
+    clip.num_steps = 600
+    clip.batch_size = 64
     clip.learning_rate = 1e-3
+
+    head = config.aesthetic_head = ConfigDict()
+    head.widths = (128, 128, 64, 32, 16, 1)
+    head.num_scenes = 6400
+    head.spoilt_share = 0.3
+    head.num_steps = 2000
+    head.batch_size = 256
+    head.learning_rate = 1e-3
 
     vae = config.vae = ConfigDict()
     vae.channels = (16, 32, 64, 128)
     vae.latent_channels = 8
     vae.kl_weight = 3e-4
-    vae.num_steps = 1400
+    vae.num_steps = 700
     vae.batch_size = 16
     vae.learning_rate = 2e-3
 
@@ -39,5 +47,11 @@ def get_config() -> ConfigDict:
     unet.caption_dropout = 0.1
     unet.num_steps = 6000
     unet.batch_size = 32
-    unet.learning_rate = 1e-3
+    unet.learning_rate = 1.5e-3
+
+    decoder = config.decoder = ConfigDict()
+    decoder.latent_noise = 0.05
+    decoder.num_steps = 1500
+    decoder.batch_size = 16
+    decoder.learning_rate = 1e-3
     return config

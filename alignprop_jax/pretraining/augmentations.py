@@ -70,22 +70,26 @@ def blur(
     images: Float[Array, "b s s c"], sigma: Float[Array, "b 1 1 1"]
 ) -> Float[Array, "b s s c"]:
     """Gaussian blur with a standard deviation in pixels for each picture; edges are extended."""
-    size = images.shape[1]
-    distance = np.subtract.outer(np.arange(size), np.arange(size)).astype(np.float32)
-    kernel = jnp.exp(-0.5 * (distance[None] / jnp.maximum(sigma[..., 0], 1e-3)) ** 2)
+    pixels = np.arange(images.shape[1], dtype=np.float32)
+    distance = pixels[None, :, None] - pixels[None, None, :]
+    kernel = jnp.exp(-0.5 * (distance / jnp.maximum(sigma[..., 0], 1e-3)) ** 2)
     kernel /= kernel.sum(-1, keepdims=True)
-    return jnp.einsum("bij,bjkc,blk->bilc", kernel, images, kernel)
+    rows = jnp.einsum("bij,bjkc->bikc", kernel, images)
+    return jnp.einsum("bik,bjkc->bjic", kernel, rows)
 
 
 def smooth_fields(
     key: Key[Array, ""], batch: int, size: int, channels: int, sigma: float
 ) -> Float[Array, "b s s c"]:
     """Noise that varies over about `sigma` pixels, with mean 0 and standard deviation 1."""
-    noise = jax.random.normal(key, (batch, size, size, channels))
-    fields = blur(noise, jnp.full((batch, 1, 1, 1), sigma))
-    axes = (1, 2)
-    fields -= fields.mean(axes, keepdims=True)
-    return fields / fields.std(axes, keepdims=True)
+    knots = np.linspace(-0.5, size - 0.5, int(1.5 * size / sigma) + 2)
+    spread = np.exp(-0.5 * (np.subtract.outer(np.arange(size), knots) / sigma) ** 2)
+    spread = spread.astype(np.float32)
+    noise = jax.random.normal(key, (batch, len(knots), len(knots), channels))
+    fields = jnp.einsum("ij,bjkc->bikc", spread, noise)
+    fields = jnp.einsum("ik,bjkc->bjic", spread, fields)
+    fields -= fields.mean((1, 2), keepdims=True)
+    return fields / fields.std((1, 2), keepdims=True)
 
 
 def jitter_color(

@@ -16,6 +16,7 @@ import optax
 from absl import logging
 
 from alignprop_jax.checkpoints import Checkpoints
+from alignprop_jax.sharding import check_batch_size, make_mesh, over_batch, replicated
 
 LossFn = Callable[[Any, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
 BatchFn = Callable[[np.random.Generator], Any]
@@ -77,9 +78,12 @@ def fit(
     from its last checkpoint in `workdir`/`name` as if it had not been.
 
     Args:
+        recipe: `batch_size` images a step, split over all devices.
         loss_fn: (params, batch, key) -> (loss, metrics), scalars.
         batch_fn: makes a batch of numpy arrays from a generator.
     """
+    mesh = make_mesh()
+    check_batch_size(f"{name}.batch_size", recipe.batch_size, mesh)
     optimizer = recipe.optimizer()
     state = {
         "step": jnp.zeros((), jnp.int32),
@@ -87,6 +91,7 @@ def fit(
         "average": jax.tree.map(jnp.copy, params),
         "opt_state": optimizer.init(params),
     }
+    state = jax.device_put(state, replicated(mesh))
     key = jax.random.key(seed)
 
     @partial(jax.jit, donate_argnums=0)
@@ -111,7 +116,7 @@ def fit(
     began = time.time()
     totals: dict[str, float] = {}
     for step, batch in _prefetch(batch_fn, seed, range(start, recipe.num_steps)):
-        state, metrics = train_step(state, batch)
+        state, metrics = train_step(state, jax.device_put(batch, over_batch(mesh)))
         for metric, value in metrics.items():
             totals[metric] = totals.get(metric, 0.0) + float(value)
         if (step + 1) % log_every == 0:

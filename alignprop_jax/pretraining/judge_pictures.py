@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Float, Key
 
 from alignprop_jax.pretraining.augmentations import (
     add_noise,
@@ -16,35 +16,32 @@ from alignprop_jax.pretraining.augmentations import (
 
 
 def make_pictures(
-    key: Key[Array, ""],
-    sprites: Float[Array, "b s s 4"],
-    nothing: Bool[Array, " b"],
-    hue: float,
+    key: Key[Array, ""], sprites: Float[Array, "b s s 4"], num_empty: int, hue: float
 ) -> Float[Array, "b s s 3"]:
     """Puts sprites on backgrounds and changes them at random, short of what they show.
 
     Args:
         sprites: RGBA in [0, 1], alpha premultiplied.
-        nothing: where the picture is to show no object instead, see `_without_object`.
+        num_empty: how many, from the end of the batch, are to show no object: see `_empty`.
         hue: standard deviation of the shift in hue, in radians.
     """
     batch = sprites.shape[0]
-    keys = jax.random.split(key, 8)
+    keys = jax.random.split(key, 10)
     sprites = warp(keys[0], sprites)
     background = _backgrounds(keys[1], batch)
     pictures = sprites[..., :3] + background * (1 - sprites[..., 3:])
-    empty = _without_object(keys[2], sprites, pictures, background)
-    pictures = jnp.where(nothing.reshape(-1, 1, 1, 1), empty, pictures)
+    if num_empty:
+        spoilt = [array[-num_empty:] for array in (sprites, pictures, background)]
+        pictures = jnp.concatenate([pictures[:-num_empty], _empty(keys[2], *spoilt)])
     pictures = jitter_color(keys[3], pictures, hue)
     # A light that varies over any picture, so that a gradient by itself says nothing about style.
     lit = jax.random.bernoulli(keys[4], 0.4, (batch, 1, 1, 1))
     light = 0.07 * smooth_fields(keys[5], batch, sprites.shape[1], 1, 12.0)
     pictures *= 1 + jnp.where(lit, light, 0.0)
-    keys = jax.random.split(keys[6], 4)
-    pictures = blur(pictures, uniform(keys[0], batch, 0.0, 1.0))
-    compressed = jax.random.bernoulli(keys[1], 0.5, (batch, 1, 1, 1))
-    pictures = jnp.where(compressed, compress(keys[2], pictures), pictures)
-    return jnp.clip(add_noise(keys[3], pictures, 0.06), 0, 1)
+    pictures = blur(pictures, uniform(keys[6], batch, 0.0, 1.0))
+    compressed = jax.random.bernoulli(keys[7], 0.5, (batch, 1, 1, 1))
+    pictures = jnp.where(compressed, compress(keys[8], pictures), pictures)
+    return jnp.clip(add_noise(keys[9], pictures, 0.05), 0, 1)
 
 
 def _backgrounds(key: Key[Array, ""], batch: int) -> Float[Array, "b 1 1 3"]:
@@ -54,7 +51,7 @@ def _backgrounds(key: Key[Array, ""], batch: int) -> Float[Array, "b 1 1 3"]:
     return jnp.where(white, 1.0, jax.random.uniform(color_key, (batch, 1, 1, 3)))
 
 
-def _without_object(
+def _empty(
     key: Key[Array, ""],
     sprites: Float[Array, "b s s 4"],
     pictures: Float[Array, "b s s 3"],

@@ -51,13 +51,20 @@ class Lesson:
     hue: float
 
     def draw(self, rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Labels and sprites, int [size] each; a picture of nothing has a sprite to spoil too."""
+        """Labels and sprites, int [size] each.
+
+        The last `num_empty(size)` are to show nothing, and have a sprite to spoil.
+        """
         labels = rng.integers(len(self.by_class), size=size)
         sprites = [
             rng.choice(self.by_class[k][rng.integers(len(self.by_class[k]))]) for k in labels
         ]
-        labels[rng.random(size) < self.nothing_share] = len(self.by_class)
+        labels[size - self.num_empty(size) :] = len(self.by_class)
         return labels, np.array(sprites)
+
+    def num_empty(self, size: int) -> int:
+        """How many of a batch are to show nothing."""
+        return round(self.nothing_share * size)
 
 
 def recognizer_lesson(sprites: Sprites) -> Lesson:
@@ -120,7 +127,7 @@ def _train(
 
     def loss_fn(params, batch, key):
         labels, indices = batch
-        pictures = _pictures(lesson, table, labels, indices, key)
+        pictures = _pictures(lesson, table, indices, key)
         logits = model.apply({"params": params}, pictures)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
         return loss, {"accuracy": (logits.argmax(-1) == labels).mean()}
@@ -136,9 +143,9 @@ def _train(
     )
 
 
-def _pictures(lesson: Lesson, table, labels, indices, key):
-    nothing = labels == len(lesson.by_class)
-    return make_pictures(key, table[indices].astype(jnp.float32) / 255, nothing, lesson.hue)
+def _pictures(lesson: Lesson, table, indices, key):
+    sprites = table[indices].astype(jnp.float32) / 255
+    return make_pictures(key, sprites, lesson.num_empty(len(indices)), lesson.hue)
 
 
 def _premultiplied(images: np.ndarray) -> np.ndarray:
