@@ -62,6 +62,9 @@ def our_steps(scheduler, num_steps, eta, outputs, noises, x):
 
 
 def assert_same_steps(config, num_steps, eta):
+    # Rescaled tables differ by PyTorch's rounding of square roots, and 1 - alpha_bar at small t
+    # has few digits to begin with.
+    tolerance = 5e-4 if config.get("rescale_betas_zero_snr") else 1e-5
     rng = np.random.default_rng(0)
     x = rng.standard_normal((1, 3, 2, 2), dtype=np.float32)
     outputs = rng.standard_normal((num_steps, *x.shape), dtype=np.float32)
@@ -77,7 +80,7 @@ def assert_same_steps(config, num_steps, eta):
         # Near pure noise x_0 is a quotient of a small number, and may be large.
         scale = max(1.0, np.abs(expected).max())
         np.testing.assert_allclose(
-            actual, expected, rtol=0, atol=5e-5 * scale, err_msg=f"step {index}"
+            actual, expected, rtol=0, atol=tolerance * scale, err_msg=f"step {index}"
         )
 
 
