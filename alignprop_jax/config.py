@@ -12,13 +12,15 @@ from absl import flags
 from ml_collections import ConfigDict, FieldReference, config_flags
 
 from alignprop_jax.errors import UserError
+from alignprop_jax.losses import SHAPES
+from alignprop_jax.sampling import REMAT_POLICIES
 from alignprop_jax.truncation import STRATEGIES, check_truncation
 
 _CHOICES = {
     "algorithm": ("alignprop",),
-    "loss.shape": ("target", "one_minus", "negative"),
+    "loss.shape": SHAPES,
     "truncation.strategy": STRATEGIES,
-    "remat": ("none", "step"),
+    "remat": REMAT_POLICIES,
     "dtype": ("float32", "bfloat16"),
 }
 _POSITIVE = (

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 
-from absl import app, flags
+from absl import app, flags, logging
 
 
 class UserError(Exception):
@@ -33,7 +33,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
         _exit(f"error: unexpected argument {remaining[1]!r}; flags are --NAME=VALUE", 2)
     # absl raises the verbosity to INFO otherwise, and libraries bury the program's own lines.
     if flags.FLAGS["verbosity"].using_default_value:
-        flags.FLAGS.verbosity = -1
+        flags.FLAGS.verbosity = logging.ERROR
     return remaining
 
 

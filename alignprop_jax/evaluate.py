@@ -1,0 +1,103 @@
+"""Scores a trained LoRA, or the base model, on the prompts of a config.
+
+    python -m alignprop_jax.evaluate --config=configs/emoji.py:aesthetic --workdir=runs/aesthetic
+
+Without --lora it takes the one that training left in the workdir; --lora=none is the base model.
+The samples have the prompts and the noise of the evaluations in training. DIR/evaluation.json gets
+the scores, DIR/images the pictures.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict
+
+from alignprop_jax.compilation import enable_compilation_cache
+from alignprop_jax.config import define_config_flag, validate
+from alignprop_jax.errors import UserError, run_program
+from alignprop_jax.evaluation import Evaluation, Scorer, make_evaluator
+from alignprop_jax.experiment import load_experiment
+from alignprop_jax.images import columns_for, make_grid
+from alignprop_jax.lora_file import load_lora
+from alignprop_jax.metrics import write_json
+from alignprop_jax.workdir import Workdir
+
+BASE_MODEL = "none"
+
+
+def evaluate(
+    config: ConfigDict, path: Path, lora_file: str | None, scorers: dict[str, Scorer]
+) -> dict[str, Any]:
+    """Evaluates every split, by the reward and by `scorers`.
+
+    Returns:
+      What evaluation.json holds: the LoRA's file, and by split the number of samples n with mean
+      and standard deviation of every score.
+
+    Raises:
+      UserError: the config, a file it names, the LoRA or the folder cannot be used.
+    """
+    validate(config)
+    enable_compilation_cache()
+    workdir = Workdir(path)
+    lora_file = lora_file or find_lora(workdir)
+    experiment = load_experiment(config)
+    lora = None
+    if lora_file != BASE_MODEL:
+        lora, _ = load_lora(lora_file, experiment.params["unet"])
+    evaluator = make_evaluator(config, experiment)
+    results: dict[str, Any] = {"lora": lora_file}
+    for name, split in experiment.splits.items():
+        evaluation = evaluator.evaluate(lora, split, scorers, f"{name} prompts")
+        columns = columns_for(len(split.prompts))
+        workdir.save_image(
+            f"{name}_evaluation", make_grid(evaluation.images, split.prompts, columns)
+        )
+        results[name] = summarize(evaluation)
+    write_json(path / "evaluation.json", results)
+    return results
+
+
+def find_lora(workdir: Workdir) -> str:
+    """Returns the file that training left; UserError when there is none."""
+    if not workdir.lora.exists():
+        raise UserError(
+            f"no LoRA in {workdir.lora}; train first, or give --lora=FILE or --lora={BASE_MODEL}"
+        )
+    return str(workdir.lora)
+
+
+def summarize(evaluation: Evaluation) -> dict[str, float]:
+    """Returns number of samples, and mean and standard deviation by score."""
+    summary = {"n": len(evaluation.scores["reward"])}
+    for name, scores in evaluation.scores.items():
+        summary[f"{name}_mean"] = float(np.mean(scores, dtype=np.float64))
+        summary[f"{name}_std"] = float(np.std(scores, dtype=np.float64))
+    return summary
+
+
+def describe(results: dict[str, Any]) -> str:
+    """Returns a line a split."""
+    lines = [f"LoRA {results['lora']}"]
+    for name, summary in results.items():
+        if isinstance(summary, dict):
+            means = [
+                f"{key.removesuffix('_mean')} {value:.3f} +- {summary[key[:-5] + '_std']:.3f}"
+                for key, value in summary.items()
+                if key.endswith("_mean")
+            ]
+            lines.append(f"{name:6} {summary['n']} images: {', '.join(means)}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    _CONFIG = define_config_flag()
+    _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=True)
+    _LORA = flags.DEFINE_string("lora", None, "LoRA file, or none for the base model")
+    run_program(
+        lambda argv: print(
+            describe(evaluate(_CONFIG.value, Path(_WORKDIR.value), _LORA.value, scorers={}))
+        )
+    )

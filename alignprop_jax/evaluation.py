@@ -1,0 +1,139 @@
+"""Scores of a fixed set of samples: the same prompts and the same noise whenever it is asked."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Key, PyTree
+from ml_collections import ConfigDict
+
+from alignprop_jax import sharding
+from alignprop_jax.experiment import Experiment, Split, make_keys
+from alignprop_jax.images import to_uint8
+from alignprop_jax.progress import progress_bar
+
+# Images [B, H, W, 3] float32 in [0, 1] and their prompts in, scores [B] out.
+Scorer = Callable[[np.ndarray, list[str]], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Scores of a split, and the first sample of every prompt as bytes [P, H, W, 3]."""
+
+    prompts: list[str]
+    scores: dict[str, np.ndarray]  # by scorer, one a sample
+    images: np.ndarray
+
+
+class Evaluator:
+    """Samples prompts from fixed noise, in batches of one size, and lets scorers judge them.
+
+    The noise of a sample follows from the key, the place of its prompt in the list and the number
+    of the sample; the batch size has no part in it.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        key: Key[jax.Array, ""],
+        *,
+        samples_per_prompt: int,
+        batch_size: int,
+    ):
+        self._experiment = experiment
+        self._samples_per_prompt = samples_per_prompt
+        self._batch_size = batch_size
+        self._rows_sharding = sharding.over_batch(experiment.mesh)
+        self._sample = jax.jit(functools.partial(self._sample_rows, key))
+        self._score_reward = jax.jit(experiment.reward.score)
+
+    def evaluate(
+        self,
+        lora: PyTree | None,
+        split: Split,
+        scorers: dict[str, Scorer] | None = None,
+        description: str = "evaluating",
+    ) -> Evaluation:
+        """Samples every prompt of a split; "reward" is scored besides what `scorers` name.
+
+        The LoRA has its scale folded in; None is the base model.
+        """
+        number = len(split.prompts)
+        # All prompts once before any of them again.
+        rows = np.arange(number * self._samples_per_prompt)
+        prompts = rows % number
+        scores: dict[str, list[np.ndarray]] = {name: [] for name in ("reward", *(scorers or {}))}
+        first_samples = []
+        with progress_bar(len(rows), description, "image", leave=False) as progress:
+            for start in range(0, len(rows), self._batch_size):
+                batch = slice(start, min(start + self._batch_size, len(rows)))
+                size = batch.stop - batch.start
+                images, rewards = self._sample_and_score(lora, split, prompts[batch], rows[batch])
+                scores["reward"].append(rewards[:size])
+                texts = [split.prompts[index] for index in prompts[batch]]
+                for name, scorer in (scorers or {}).items():
+                    scores[name].append(np.asarray(scorer(images[:size], texts)))
+                first_samples.append(to_uint8(images[: max(0, min(size, number - start))]))
+                progress.update(size)
+        return Evaluation(
+            split.prompts,
+            {name: np.concatenate(parts) for name, parts in scores.items()},
+            np.concatenate(first_samples),
+        )
+
+    def preview(self, lora: PyTree | None, split: Split) -> tuple[np.ndarray, list[str]]:
+        """Returns the first samples of a split, as many as make a batch, and their prompts."""
+        rows = np.arange(min(self._batch_size, len(split.prompts)))
+        images, _ = self._sample_and_score(lora, split, rows, rows)
+        return to_uint8(images[: len(rows)]), split.prompts[: len(rows)]
+
+    def _sample_and_score(self, lora, split, prompts, rows):
+        """Images and rewards of a batch, which padding completes so that one program serves all."""
+        samples = rows // len(split.prompts)
+        padding = (0, self._batch_size - len(rows))
+        prompts, samples = (
+            jax.device_put(np.pad(x, padding, mode="edge").astype(np.int32), self._rows_sharding)
+            for x in (prompts, samples)
+        )
+        experiment = self._experiment
+        context, inputs = jax.tree.map(
+            lambda table: table[prompts], (split.table.context, split.table.reward_inputs)
+        )
+        images = self._sample(
+            experiment.params, lora, context, split.table.uncond, prompts, samples
+        )
+        rewards = self._score_reward(experiment.reward.params, images, inputs)
+        return np.asarray(images), np.asarray(rewards)
+
+    def _sample_rows(self, key, params, lora, context, uncond, prompts, samples):
+        def draw(prompt, sample):
+            noise_key, sampler_key = jax.random.split(
+                jax.random.fold_in(jax.random.fold_in(key, prompt), sample)
+            )
+            latent_shape = self._experiment.sd.latent_shape
+            return jax.random.normal(noise_key, latent_shape), sampler_key
+
+        latents, sampler_keys = jax.vmap(draw)(prompts, samples)
+        return self._experiment.sample(params, lora, latents, context, uncond, sampler_keys)
+
+
+def make_evaluator(config: ConfigDict, experiment: Experiment) -> Evaluator:
+    """Returns the evaluator of a config; batches that fit in memory to train on do to evaluate."""
+    return Evaluator(
+        experiment,
+        make_keys(config.train.seed).evaluation,
+        samples_per_prompt=config.evaluation.samples_per_prompt,
+        batch_size=config.train.microbatch_size or config.train.batch_size,
+    )
+
+
+def summarize(scores: np.ndarray) -> dict[str, Any]:
+    """Mean, standard deviation and number of scores, as eval.jsonl has them."""
+    return {
+        "reward_mean": float(np.mean(scores, dtype=np.float64)),
+        "reward_std": float(np.std(scores, dtype=np.float64)),
+        "n": len(scores),
+    }

@@ -1,0 +1,76 @@
+"""What a person sees of a run: evaluations, pictures and curves."""
+
+import math
+
+from jaxtyping import PyTree
+
+from alignprop_jax.dashboards import Dashboard
+from alignprop_jax.evaluation import Evaluation, Evaluator, summarize
+from alignprop_jax.experiment import TRAIN, Split
+from alignprop_jax.images import columns_for, make_comparison, make_grid
+from alignprop_jax.lora import scale_lora
+from alignprop_jax.workdir import Workdir
+
+
+class Reports:
+    """Writes what an evaluator finds to the workdir and to every dashboard."""
+
+    def __init__(
+        self,
+        workdir: Workdir,
+        dashboards: list[Dashboard],
+        evaluator: Evaluator,
+        splits: dict[str, Split],
+        lora_scale: float,
+    ):
+        self._workdir = workdir
+        self._dashboards = dashboards
+        self._evaluator = evaluator
+        self._splits = splits
+        self._lora_scale = lora_scale
+
+    def evaluate(self, step: int, lora: PyTree, when: str) -> dict[str, Evaluation]:
+        """Evaluates every split and records it under the step; `when` names the pictures."""
+        scaled = scale_lora(lora, self._lora_scale)
+        evaluations = {}
+        for name, split in self._splits.items():
+            description = f"{name} prompts {when}"
+            evaluation = self._evaluator.evaluate(scaled, split, description=description)
+            record = summarize(evaluation.scores["reward"])
+            self._workdir.evaluations.append({"step": step, "split": name, **record})
+            self.scalars(step, {f"{name}/reward": record["reward_mean"]})
+            columns = columns_for(len(split.prompts))
+            grid = make_grid(evaluation.images, split.prompts, columns)
+            self._picture(step, f"{name}_{when}", name, grid)
+            evaluations[name] = evaluation
+        return evaluations
+
+    def compare(self, step: int, evaluations: dict[str, Evaluation]) -> None:
+        """Draws every prompt before training beside the same prompt and noise now."""
+        for name, before in self._workdir.load_before().items():
+            evaluation = evaluations[name]
+            grid = make_comparison(before, evaluation.images, evaluation.prompts)
+            self._picture(step, f"{name}_before_after", f"{name}/before_after", grid)
+
+    def preview(self, step: int, lora: PyTree) -> None:
+        """Draws a batch of training prompts."""
+        scaled = scale_lora(lora, self._lora_scale)
+        images, prompts = self._evaluator.preview(scaled, self._splits[TRAIN])
+        grid = make_grid(images, prompts, columns_for(len(prompts)))
+        self._picture(step, f"preview_{step:06d}", "preview", grid)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Adds a point to the curve of every name; what is not finite leaves a gap."""
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        for dashboard in self._dashboards:
+            dashboard.scalars(step, finite)
+
+    def close(self) -> None:
+        """Writes what the dashboards still hold."""
+        for dashboard in self._dashboards:
+            dashboard.close()
+
+    def _picture(self, step, file_name, curve, grid):
+        self._workdir.save_image(file_name, grid)
+        for dashboard in self._dashboards:
+            dashboard.image(step, curve, grid)

@@ -1,0 +1,305 @@
+"""Tunes LoRA factors of a text-to-image model to a reward.
+
+    python -m alignprop_jax.train --config=configs/emoji.py:aesthetic --workdir=runs/aesthetic
+
+The same command on the same folder resumes a run, to the same numbers as if it had never stopped.
+"""
+
+import contextlib
+import functools
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+from absl import flags
+from ml_collections import ConfigDict
+
+from alignprop_jax import sharding
+from alignprop_jax.algorithms.alignprop import make_train_step
+from alignprop_jax.algorithms.optimizer import make_optimizer
+from alignprop_jax.checkpoints import Checkpoints, make_fingerprint
+from alignprop_jax.compilation import enable_compilation_cache
+from alignprop_jax.config import define_config_flag, validate
+from alignprop_jax.dashboards import open_dashboards
+from alignprop_jax.errors import UserError, run_program
+from alignprop_jax.evaluation import make_evaluator
+from alignprop_jax.experiment import TRAIN, UNSEEN, Experiment, load_experiment, make_keys
+from alignprop_jax.lora import count_parameters, init_lora
+from alignprop_jax.lora_file import save_lora
+from alignprop_jax.losses import make_loss
+from alignprop_jax.metrics import Record
+from alignprop_jax.progress import progress_bar
+from alignprop_jax.reports import Reports
+from alignprop_jax.state import TrainState, create_train_state
+from alignprop_jax.truncation import draw_trained_steps
+from alignprop_jax.workdir import Workdir
+
+# After so many steps in a row without a finite gradient, no later one will have it.
+MAX_SKIPPED_IN_A_ROW = 10
+
+_RECORDED = ("reward_mean", "reward_std", "loss", "grad_norm", "step_seconds", "start_step")
+
+TrainStep = Callable[[TrainState], tuple[TrainState, dict[str, jax.Array]]]
+
+
+def train(config: ConfigDict, path: Path) -> None:
+    """Runs or resumes the run of `config` in the folder `path`.
+
+    Raises:
+      UserError: the config, a file it names or the folder cannot be used; or the gradient was not
+        finite `MAX_SKIPPED_IN_A_ROW` steps in a row.
+    """
+    began = time.perf_counter()
+    validate(config)
+    enable_compilation_cache()
+    workdir = Workdir(path)
+    experiment = load_experiment(config)
+    state = create_state(config, experiment)
+    with contextlib.closing(open_checkpoints(config, workdir, experiment, state)) as checkpoints:
+        resumed = checkpoints.latest_step is not None
+        if resumed:
+            state = checkpoints.restore(state)
+        first_step = int(state.step)
+        if first_step >= config.train.num_steps and workdir.load_summary():
+            print(f"already finished: {describe_result(workdir)}")
+            return
+        announce(config, experiment, state)
+        workdir.rewind(first_step if resumed else -1)
+        for change in workdir.save_config(config):
+            print(f"changed since this run began: {change}")
+        with contextlib.closing(open_reports(config, workdir, experiment, first_step)) as reports:
+            train_step, seconds_compile = compile_train_step(config, experiment, state)
+            if not resumed:
+                workdir.save_before(reports.evaluate(0, state.lora, "before"))
+            state = run_steps(config, train_step, state, workdir, reports, checkpoints)
+            metadata = {"base_model": config.model, "reward": experiment.reward.name}
+            save_lora(workdir.lora, state.lora, config.lora.alpha, metadata)
+            evaluate_after(int(state.step), state, workdir, reports)
+    seconds_earlier = sum(seconds_of_steps(workdir)[:first_step])
+    seconds_total = time.perf_counter() - began + seconds_earlier
+    workdir.save_summary(summarize(config, workdir, seconds_compile, seconds_total))
+    print(describe_result(workdir))
+
+
+def create_state(config: ConfigDict, experiment: Experiment) -> TrainState:
+    """Returns the state before the first step, on every device."""
+    keys, settings = make_keys(config.train.seed), config.lora
+    lora = init_lora(keys.lora, experiment.params["unet"], settings.rank, settings.targets)
+    state = create_train_state(lora, optimizer_of(config), keys.train)
+    return jax.device_put(state, sharding.replicated(experiment.mesh))
+
+
+def optimizer_of(config: ConfigDict) -> optax.GradientTransformation:
+    """Returns the optimizer that the config describes."""
+    settings = config.train
+    return make_optimizer(
+        settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        beta1=settings.beta1,
+        beta2=settings.beta2,
+        epsilon=settings.epsilon,
+        max_grad_norm=settings.max_grad_norm,
+    )
+
+
+def open_checkpoints(
+    config: ConfigDict, workdir: Workdir, experiment: Experiment, state: TrainState
+) -> Checkpoints:
+    """Opens the run's checkpoints; UserError when they are of another model or LoRA."""
+    fingerprint = make_fingerprint(
+        config.model, config.dtype, experiment.params["unet"], state.lora, config.lora.alpha
+    )
+    return Checkpoints(workdir.checkpoints, fingerprint, config.checkpoint.keep)
+
+
+def open_reports(
+    config: ConfigDict, workdir: Workdir, experiment: Experiment, first_step: int
+) -> Reports:
+    """Opens the dashboards, and what evaluates for them."""
+    dashboards = open_dashboards(
+        workdir.path,
+        config.to_dict(),
+        first_step + 1,
+        tensorboard=config.logging.tensorboard,
+        wandb=config.logging.wandb,
+    )
+    return Reports(
+        workdir,
+        dashboards,
+        make_evaluator(config, experiment),
+        experiment.splits,
+        lora_scale=config.lora.alpha / config.lora.rank,
+    )
+
+
+def announce(config: ConfigDict, experiment: Experiment, state: TrainState) -> None:
+    """Prints what is about to be trained."""
+    start = f", resumed after step {int(state.step)}" if int(state.step) else ""
+    print(
+        f"{config.model}: LoRA of rank {config.lora.rank} with "
+        f"{count_parameters(state.lora):,} parameters, reward {experiment.reward.name}, "
+        f"{len(experiment.splits[TRAIN].prompts)} prompts, "
+        f"{config.train.num_steps} steps of {config.train.batch_size} images "
+        f"on {experiment.mesh.size} {jax.default_backend()} device(s){start}"
+    )
+
+
+def compile_train_step(
+    config: ConfigDict, experiment: Experiment, state: TrainState
+) -> tuple[TrainStep, float]:
+    """Compiles one update; returns it with the seconds that took."""
+    key = "microbatch_size" if config.train.microbatch_size else "batch_size"
+    sharding.check_batch_size(f"train.{key}", config.train[key], experiment.mesh)
+    train_step = make_train_step(
+        experiment.sample,
+        experiment.reward,
+        make_loss(config.loss.shape, config.loss.target, config.loss.scale),
+        optimizer_of(config),
+        functools.partial(
+            draw_trained_steps,
+            strategy=config.truncation.strategy,
+            num_steps=config.sampler.num_steps,
+            start=config.truncation.start,
+            mean=config.truncation.mean,
+            std=config.truncation.std,
+            low=config.truncation.min,
+            high=config.truncation.max,
+        ),
+        latent_shape=experiment.sd.latent_shape,
+        lora_scale=config.lora.alpha / config.lora.rank,
+        batch_size=config.train.batch_size,
+        microbatch_size=config.train.microbatch_size,
+        batch_sharding=sharding.over_batch(experiment.mesh),
+    )
+    everywhere = sharding.replicated(experiment.mesh)
+    jitted = jax.jit(train_step, donate_argnums=3, out_shardings=everywhere)
+    frozen = (experiment.params, experiment.reward.params, experiment.splits[TRAIN].table)
+    print("compiling the train step ...", end=" ", flush=True)
+    began = time.perf_counter()
+    compiled = jitted.lower(*frozen, state).compile()
+    seconds = time.perf_counter() - began
+    print(f"{seconds:.0f} s", flush=True)
+    return functools.partial(compiled, *frozen), seconds
+
+
+def run_steps(
+    config: ConfigDict,
+    train_step: TrainStep,
+    state: TrainState,
+    workdir: Workdir,
+    reports: Reports,
+    checkpoints: Checkpoints,
+) -> TrainState:
+    """Trains from the state's step to the last, recording, evaluating and checkpointing.
+
+    Raises:
+      UserError: the gradient was not finite `MAX_SKIPPED_IN_A_ROW` steps in a row.
+    """
+    first_step, num_steps = int(state.step), config.train.num_steps
+    with progress_bar(num_steps, "training", "step", initial=first_step) as progress:
+        for step in range(first_step + 1, num_steps + 1):
+            began = time.perf_counter()
+            state, metrics = train_step(state)
+            metrics = {name: value.item() for name, value in metrics.items()}
+            metrics["step_seconds"] = time.perf_counter() - began
+            workdir.metrics.append({"step": step, **{name: metrics[name] for name in _RECORDED}})
+            reports.scalars(step, {f"training/{name}": value for name, value in metrics.items()})
+            progress.set_postfix_str(describe_step(metrics), refresh=False)
+            progress.update()
+            stop_if_hopeless(metrics, step, checkpoints)
+            if is_due(step, config.logging.image_every):
+                reports.preview(step, state.lora)
+            if is_due(step, config.evaluation.every) and step < num_steps:
+                reports.evaluate(step, state.lora, f"{step:06d}")
+            # While steps are skipped, the last good checkpoint is the one to come back to.
+            if is_due(step, config.checkpoint.every) and not metrics["skipped_in_a_row"]:
+                checkpoints.save(step, state)
+    checkpoints.save(num_steps, state)
+    return state
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps, 0 for never, happens now."""
+    return every > 0 and step % every == 0
+
+
+def describe_step(metrics: Record) -> str:
+    """Returns the end of the progress bar."""
+    skipped = f", {metrics['skipped']} skipped" if metrics["skipped"] else ""
+    return f"reward {metrics['reward_mean']:.3f}{skipped}"
+
+
+def stop_if_hopeless(metrics: Record, step: int, checkpoints: Checkpoints) -> None:
+    """Raises UserError after `MAX_SKIPPED_IN_A_ROW` steps without a finite gradient."""
+    if metrics["skipped_in_a_row"] < MAX_SKIPPED_IN_A_ROW:
+        return
+    kept = checkpoints.latest_step
+    raise UserError(
+        f"the gradient was NaN or infinite {MAX_SKIPPED_IN_A_ROW} steps in a row, up to step {step}"
+        f" ({'no checkpoint yet' if kept is None else f'the checkpoint of step {kept} is kept'}); "
+        "lower config.train.learning_rate, or check the reward"
+    )
+
+
+def evaluate_after(step: int, state: TrainState, workdir: Workdir, reports: Reports) -> None:
+    """Evaluates the trained LoRA and draws it beside the untrained model."""
+    # A run that was killed at this point has evaluated the step already.
+    workdir.evaluations.keep(lambda record: record["step"] < step)
+    reports.compare(step, reports.evaluate(step, state.lora, "after"))
+
+
+def summarize(
+    config: ConfigDict, workdir: Workdir, seconds_compile: float, seconds_total: float
+) -> Record:
+    """Returns the content of summary.json."""
+    rewards = {
+        (record["split"], record["step"]): record["reward_mean"]
+        for record in workdir.evaluations.read()
+    }
+    steps = config.train.num_steps
+    # ru_maxrss is in kilobytes, but on macOS in bytes.
+    rss_unit = 1 if sys.platform == "darwin" else 1024
+    peak_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * rss_unit
+    return {
+        "reward_before": rewards[TRAIN, 0],
+        "reward_after": rewards[TRAIN, steps],
+        "unseen_before": rewards[UNSEEN, 0],
+        "unseen_after": rewards[UNSEEN, steps],
+        "steps": steps,
+        "reward_queries": steps * config.train.batch_size,
+        "seconds_compile": seconds_compile,
+        "seconds_per_step": float(np.mean(seconds_of_steps(workdir))),
+        "seconds_total": seconds_total,
+        "peak_rss_gb": peak_rss / 1e9,
+    }
+
+
+def seconds_of_steps(workdir: Workdir) -> list[float]:
+    """Returns the wall-clock time of every step, those before a resume too."""
+    return [record["step_seconds"] for record in workdir.metrics.read()]
+
+
+def describe_result(workdir: Workdir) -> str:
+    """Returns the line a run ends with: what rose from what to what, and where things are."""
+    summary = workdir.load_summary()
+
+    def rise(split: str) -> str:
+        before, after = summary[f"{split}_before"], summary[f"{split}_after"]
+        # A reward that is not finite is null in the file.
+        return " -> ".join("nan" if value is None else f"{value:.3f}" for value in (before, after))
+
+    return (
+        f"reward {rise('reward')} on the prompts trained on, {rise('unseen')} on unseen ones, "
+        f"after {summary['steps']} steps; pictures in {workdir.images}, LoRA in {workdir.lora}"
+    )
+
+
+if __name__ == "__main__":
+    _CONFIG = define_config_flag()
+    _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=True)
+    run_program(lambda argv: train(_CONFIG.value, Path(_WORKDIR.value)))
