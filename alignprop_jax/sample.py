@@ -60,13 +60,14 @@ def sample(
     run = jax.jit(run)
     images = []
     batch_size = min(batch_size, len(prompts))
-    for start in tqdm(range(0, len(prompts), batch_size), unit="batch", desc="sampling"):
-        # The last batch is filled up with the last image: one compiled program serves all.
-        rows = np.minimum(np.arange(start, start + batch_size), len(prompts) - 1)
-        batch = run(
-            frozen, factors, noise[rows], encoded[1 + rows], encoded[:1], sampler_keys[rows]
-        )
-        images.append(np.asarray(batch)[: len(prompts) - start])
+    with progress_bar(len(prompts), "sampling", "image") as progress:
+        for start in range(0, len(prompts), batch_size):
+            # The last batch is filled up with the last image: one compiled program serves all.
+            rows = np.minimum(np.arange(start, start + batch_size), len(prompts) - 1)
+            context, uncond = encoded[1 + rows], encoded[:1]
+            batch = run(frozen, factors, noise[rows], context, uncond, sampler_keys[rows])
+            images.append(np.asarray(batch)[: len(prompts) - start])
+            progress.update(len(images[-1]))
     return np.concatenate(images)
 
 
