@@ -33,16 +33,16 @@ def get_config() -> ConfigDict:
     head.learning_rate = 1e-3
 
     vae = config.vae = ConfigDict()
-    vae.channels = (16, 32, 64, 128)
-    vae.latent_channels = 8
-    vae.kl_weight = 3e-4
-    vae.num_steps = 700
+    vae.channels = (16, 32, 64)
+    vae.latent_channels = 4
+    vae.kl_weight = 1e-4
+    vae.num_steps = 1000
     vae.batch_size = 16
     vae.learning_rate = 2e-3
 
     unet = config.unet = ConfigDict()
-    unet.channels = (96, 192)
-    unet.num_heads = (3, 6)
+    unet.channels = (64, 96, 160)
+    unet.num_heads = (2, 3, 5)
     unet.num_scenes = 24_000  # encoded once, then drawn from
     unet.caption_dropout = 0.1
     unet.num_steps = 6000

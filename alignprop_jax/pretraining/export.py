@@ -14,7 +14,8 @@ from alignprop_jax.pretraining.scenes import IMAGE_SIZE
 from alignprop_jax.weights import save_params
 
 _NORM_GROUPS = 16
-_VAE_NORM_GROUPS = 8
+# Few groups, so wide ones: a norm over two channels of 16 leaves nothing of a picture's colour.
+_VAE_NORM_GROUPS = 4
 
 
 def clip_config(config: ConfigDict, tokenizer) -> dict[str, Any]:
@@ -73,7 +74,7 @@ def vae_config(config: ConfigDict) -> dict[str, Any]:
 
 
 def unet_config(config: ConfigDict, vae: VAEConfig, text_encoder: CLIPTextConfig) -> dict[str, Any]:
-    """diffusers' UNet2DConditionModel config, with transformers at every resolution."""
+    """diffusers' UNet2DConditionModel config; the highest resolution has no transformers."""
     levels = len(config.channels)
     return {
         "_class_name": "UNet2DConditionModel",
@@ -81,7 +82,7 @@ def unet_config(config: ConfigDict, vae: VAEConfig, text_encoder: CLIPTextConfig
         "attention_head_dim": list(config.num_heads),
         "block_out_channels": list(config.channels),
         "cross_attention_dim": text_encoder.hidden_size,
-        "down_block_types": ["CrossAttnDownBlock2D"] * levels,
+        "down_block_types": ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * (levels - 1),
         "flip_sin_to_cos": True,
         "freq_shift": 0,
         "in_channels": vae.latent_channels,
@@ -90,7 +91,7 @@ def unet_config(config: ConfigDict, vae: VAEConfig, text_encoder: CLIPTextConfig
         "norm_num_groups": _NORM_GROUPS,
         "out_channels": vae.latent_channels,
         "sample_size": IMAGE_SIZE // vae.downscale,
-        "up_block_types": ["CrossAttnUpBlock2D"] * levels,
+        "up_block_types": ["CrossAttnUpBlock2D"] * (levels - 1) + ["UpBlock2D"],
         "use_linear_projection": True,
     }
 
