@@ -194,7 +194,9 @@ def _config(
     except FileNotFoundError as error:
         raise UserError(f"{file}: no such file, so {folder} is no model folder") from error
     except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read as JSON ({error})") from error
+        raise UserError(f"{file}: cannot be read as a JSON object ({error})") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{file}: cannot be read as a JSON object")
     try:
         return parse(config)
     except KeyError as error:
