@@ -26,7 +26,7 @@ class Dashboard(Protocol):
 def open_dashboards(
     workdir: Path, config: dict[str, Any], first_step: int, *, tensorboard: bool, wandb: bool
 ) -> list[Dashboard]:
-    """Opens the dashboards that are switched on; `first_step` is the next one to be written.
+    """Opens the dashboards that are switched on; `first_step` is the first they will be given.
 
     Raises:
       UserError: Weights & Biases is wanted and not installed.
@@ -47,7 +47,7 @@ class TensorBoard:
         from tensorboardX import SummaryWriter
 
         # What a killed run wrote past its last checkpoint is about to be written again.
-        self._writer = SummaryWriter(str(folder), purge_step=first_step or None)
+        self._writer = SummaryWriter(str(folder), purge_step=first_step)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():

@@ -68,6 +68,11 @@ def train(config: ConfigDict, path: Path) -> None:
         if first_step >= config.train.num_steps and workdir.load_summary():
             print(f"already finished: {describe_result(workdir)}")
             return
+        if first_step > config.train.num_steps:
+            raise UserError(
+                f"the run in {path} is at step {first_step} already; "
+                f"config.train.num_steps={config.train.num_steps} must be at least that"
+            )
         announce(config, experiment, state)
         workdir.rewind(first_step if resumed else -1)
         for change in workdir.save_config(config):
@@ -124,7 +129,7 @@ def open_reports(
     dashboards = open_dashboards(
         workdir.path,
         config.to_dict(),
-        first_step + 1,
+        first_step + 1 if first_step else 0,
         tensorboard=config.logging.tensorboard,
         wandb=config.logging.wandb,
     )
@@ -205,7 +210,7 @@ def run_steps(
         for step in range(first_step + 1, num_steps + 1):
             began = time.perf_counter()
             state, metrics = train_step(state)
-            metrics = {name: value.item() for name, value in metrics.items()}
+            metrics = {name: value.item() for name, value in jax.device_get(metrics).items()}
             metrics["step_seconds"] = time.perf_counter() - began
             workdir.metrics.append({"step": step, **{name: metrics[name] for name in _RECORDED}})
             reports.scalars(step, {f"training/{name}": value for name, value in metrics.items()})

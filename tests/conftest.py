@@ -13,3 +13,24 @@ os.environ.setdefault(
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 # Quick answers about local folders only: no test may need the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# After the settings above, which jax reads when it is imported.
+import pytest  # noqa: E402
+
+from tests import nano_run  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def nano_config(tmp_path_factory):
+    """The config file of a run of seconds; beside it are its model, prompts and rewards."""
+    pytest.importorskip("torch")
+    return nano_run.write_nano_project(tmp_path_factory.mktemp("nano"))
+
+
+@pytest.fixture(scope="session")
+def finished_run(nano_config, tmp_path_factory):
+    """The workdir of a run that was never stopped, and what it printed. Not to be changed."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    process = nano_run.run("train", nano_config, workdir)
+    assert process.returncode == 0, process.stderr
+    return workdir, process.stdout

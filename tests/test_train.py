@@ -1,0 +1,237 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from alignprop_jax.config import load_config
+from alignprop_jax.errors import UserError
+from alignprop_jax.experiment import load_experiment
+from alignprop_jax.train import create_state, is_due, train
+from tests import nano_run
+
+METRICS = {
+    "step",
+    "reward_mean",
+    "reward_std",
+    "loss",
+    "grad_norm",
+    "step_seconds",
+    "start_step",
+}
+SUMMARY = {
+    "reward_before",
+    "reward_after",
+    "unseen_before",
+    "unseen_after",
+    "steps",
+    "reward_queries",
+    "seconds_compile",
+    "seconds_per_step",
+    "seconds_total",
+    "peak_rss_gb",
+}
+
+
+@pytest.fixture
+def config(nano_config):
+    return load_config(str(nano_config))
+
+
+@pytest.fixture
+def finished_copy(finished_run, tmp_path):
+    return shutil.copytree(finished_run[0], tmp_path / "run")
+
+
+def test_a_run_leaves_the_files_it_promises(finished_run):
+    workdir, _ = finished_run
+    metrics = [json.loads(line) for line in nano_run.read_lines(workdir / "metrics.jsonl")]
+    assert [record["step"] for record in metrics] == list(range(1, nano_run.NUM_STEPS + 1))
+    assert all(record.keys() == METRICS for record in metrics)
+    assert all(0 <= record["start_step"] < 3 for record in metrics)
+    evaluations = nano_run.read_records(workdir / "eval.jsonl")
+    assert [(e["step"], e["split"], e["n"]) for e in evaluations] == [
+        (0, "train", 6),
+        (0, "unseen", 2),
+        (nano_run.NUM_STEPS, "train", 6),
+        (nano_run.NUM_STEPS, "unseen", 2),
+    ]
+    assert all(e.keys() == {"step", "split", "reward_mean", "reward_std", "n"} for e in evaluations)
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert summary.keys() == SUMMARY
+    assert summary["reward_before"] == evaluations[0]["reward_mean"]
+    assert summary["unseen_after"] == evaluations[3]["reward_mean"]
+    assert (summary["steps"], summary["reward_queries"]) == (nano_run.NUM_STEPS, 16)
+    assert 0 < summary["seconds_compile"] < summary["seconds_total"]
+    assert 0.1 < summary["peak_rss_gb"] < 10
+    assert json.loads((workdir / "config.json").read_text())["lora"]["rank"] == 4
+    assert (workdir / "lora" / "pytorch_lora_weights.safetensors").is_file()
+    pictures = {path.stem for path in (workdir / "images").glob("*.png")}
+    assert pictures == {
+        *(f"{split}_{when}" for split in ("train", "unseen") for when in ("before", "after")),
+        "train_before_after",
+        "unseen_before_after",
+        "preview_000004",
+        "preview_000008",
+    }
+
+
+def test_training_raises_the_reward(finished_run):
+    workdir, _ = finished_run
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert summary["reward_after"] > summary["reward_before"]
+    assert summary["unseen_after"] > summary["unseen_before"]
+    before, after = (
+        np.asarray(Image.open(workdir / "images" / f"train_{when}.png"))
+        for when in ("before", "after")
+    )
+    assert before.shape == after.shape and not np.array_equal(before, after)
+
+
+def test_the_last_line_says_what_rose_and_where_things_are(finished_run):
+    workdir, printed = finished_run
+    summary = json.loads((workdir / "summary.json").read_text())
+    last = printed.splitlines()[-1]
+    assert f"{summary['reward_before']:.3f} -> {summary['reward_after']:.3f}" in last
+    assert f"{summary['unseen_before']:.3f} -> {summary['unseen_after']:.3f}" in last
+    assert f"{workdir}/images" in last
+    assert f"{workdir}/lora/pytorch_lora_weights.safetensors" in last
+
+
+def test_base_weights_are_never_written(finished_run, nano_config):
+    workdir, _ = finished_run
+    checkpoint = sum(map(len, nano_run.read_tree(workdir / "checkpoints").values()))
+    unet = (nano_config.parent / "model/unet/diffusion_pytorch_model.safetensors").stat().st_size
+    assert checkpoint < unet
+    steps = [path.name for path in (workdir / "checkpoints").iterdir() if path.is_dir()]
+    assert sorted(steps) == ["6", "8"]
+
+
+def test_a_killed_run_resumes_to_the_same_numbers(finished_run, nano_config, tmp_path):
+    expected, workdir = finished_run[0], tmp_path / "run"
+    nano_run.run_until_killed(nano_config, workdir, after_lines=5)
+    assert not (workdir / "summary.json").exists()
+    # A kill may come in the middle of a line, too.
+    with (workdir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 99, "rewa')
+    process = nano_run.run("train", nano_config, workdir)
+    assert process.returncode == 0, process.stderr
+    assert "resumed after step" in process.stdout
+    for name in ("metrics.jsonl", "eval.jsonl"):
+        records = nano_run.read_records(workdir / name)
+        assert records == nano_run.read_records(expected / name), name
+    for folder in ("lora", "images"):
+        resumed, uninterrupted = (nano_run.read_tree(path / folder) for path in (workdir, expected))
+        # The file of arrays records when it was written.
+        assert resumed.pop("before.npz", None) is not None or folder == "lora"
+        uninterrupted.pop("before.npz", None)
+        assert resumed == uninterrupted, folder
+
+
+def test_a_finished_run_says_so_and_changes_nothing(config, finished_copy, capsys):
+    before = nano_run.read_tree(finished_copy)
+    train(config, finished_copy)
+    assert capsys.readouterr().out.startswith("already finished: reward ")
+    assert nano_run.read_tree(finished_copy) == before
+
+
+def test_ten_steps_without_a_gradient_stop_the_run(config, finished_run, finished_copy):
+    # The finished run is prolonged with a reward that is NaN: the steps before stay.
+    config.train.num_steps = 30
+    config.reward = config.reward.replace("redness", "undefined")
+    with pytest.raises(UserError, match="10 steps in a row, up to step 18 .*step 8 is kept"):
+        train(config, finished_copy)
+    metrics = nano_run.read_records(finished_copy / "metrics.jsonl")
+    assert [record["step"] for record in metrics] == list(range(1, 19))
+    assert metrics[:8] == nano_run.read_records(finished_run[0] / "metrics.jsonl")
+    assert all(record["grad_norm"] is None for record in metrics[8:])
+    assert not (finished_copy / "summary.json").exists()
+    steps = [path.name for path in (finished_copy / "checkpoints").iterdir() if path.is_dir()]
+    assert sorted(steps) == ["6", "8"]
+
+
+@pytest.mark.parametrize(
+    "key, value, named",
+    [
+        ("lora.rank", 3, r"LoRA rank \[4\], this run \[3\]; give this run another --workdir"),
+        ("lora.alpha", 8.0, "LoRA alpha 4.0, this run 8.0"),
+        ("lora.targets", ("to_q",), "LoRA targets"),
+        ("dtype", "bfloat16", "dtype float32, this run bfloat16"),
+    ],
+)
+def test_a_checkpoint_of_another_lora_is_refused(config, finished_copy, key, value, named):
+    config.update_from_flattened_dict({key: value})
+    before = nano_run.read_tree(finished_copy)
+    with pytest.raises(UserError, match=named):
+        train(config, finished_copy)
+    assert nano_run.read_tree(finished_copy) == before
+
+
+@pytest.mark.parametrize(
+    "key, value, named",
+    [
+        ("prompts", "absent.txt", "prompts 'absent.txt' cannot be read"),
+        ("eval_prompts", "{folder}/empty.txt", "empty.txt' is empty"),
+        ("reward", "no_such_reward", "reward 'no_such_reward' not found"),
+        ("reward", "{folder}/absent.py:f", "no file"),
+        ("reward", "{folder}/rewards.py:absent", "no function 'absent'"),
+        ("reward", "{folder}/rewards.py:one_number", "one score an image"),
+        ("model", "{folder}/absent/model", "no such folder"),
+        ("model", "{folder}/truncated", "truncated"),
+        ("model", "{folder}/without_unet", "unet"),
+        ("train.batch_size", 0, "config.train.batch_size=0 must be above 0"),
+    ],
+)
+def test_bad_input_is_named(config, nano_config, tmp_path, key, value, named):
+    (tmp_path / "empty.txt").touch()
+    shutil.copy(nano_config.parent / "rewards.py", tmp_path)
+    shutil.copytree(nano_config.parent / "model", tmp_path / "truncated")
+    weights = tmp_path / "truncated/unet/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    shutil.copytree(nano_config.parent / "model", tmp_path / "without_unet")
+    shutil.rmtree(tmp_path / "without_unet/unet")
+    if isinstance(value, str):
+        value = value.format(folder=tmp_path)
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(UserError, match=named) as info:
+        train(config, tmp_path / "run")
+    assert "\n" not in str(info.value)
+
+
+def test_a_workdir_that_cannot_be_written(config, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="workdir .*file/run' cannot be written .Not a directory"):
+        train(config, tmp_path / "file" / "run")
+
+
+def test_bad_flags_are_one_line(nano_config, tmp_path):
+    process = nano_run.run("train", nano_config, tmp_path / "run", "--config.train.num_step=3")
+    assert process.returncode == 2
+    assert process.stderr == (
+        "error: unknown config key config.train.num_step; did you mean config.train.num_steps?\n"
+    )
+    process = nano_run.run("train", nano_config, tmp_path / "run", "--config.lora.rank=four")
+    assert process.returncode == 2
+    assert process.stderr.startswith("error: flag --config.lora.rank=four: ")
+    assert process.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_seed_decides_the_first_factors(config):
+    experiment = load_experiment(config)
+    first, again = (create_state(config, experiment) for _ in range(2))
+    config.train.seed = 1
+    other = create_state(config, experiment)
+
+    def down(state):
+        (block,) = (state.lora["down_blocks.0"]["attentions.0"]["transformer_blocks.0"],)
+        return np.asarray(block["attn1"]["to_q"]["down"])
+
+    np.testing.assert_array_equal(down(first), down(again))
+    assert not np.array_equal(down(first), down(other))
+
+
+def test_every_zero_is_never():
+    assert [step for step in range(1, 7) if is_due(step, 3)] == [3, 6]
+    assert not any(is_due(step, 0) for step in range(1, 7))
