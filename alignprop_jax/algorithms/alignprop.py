@@ -118,7 +118,7 @@ def make_train_step(
         value, (scores, parts), gradient = accumulate_gradients(
             objective, state.lora, (indices, image_keys), num_microbatches
         )
-        grad_norm = optax.global_norm(gradient)
+        grad_norm = optax.tree.norm(gradient)
         state = update(state, gradient, jnp.isfinite(value) & jnp.isfinite(grad_norm))
         metrics = {
             "loss": value,
