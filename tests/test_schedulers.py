@@ -10,7 +10,7 @@ from alignprop_jax.errors import UserError
 from alignprop_jax.schedulers import DDIMScheduler
 
 NUM_TRAIN = 200
-TRAINED_BETAS = tuple(np.geomspace(1e-4, 0.05, NUM_TRAIN).tolist())
+TRAINED_BETAS = tuple(np.geomspace(1e-3, 0.05, NUM_TRAIN).tolist())
 BETAS = {
     "linear": {"beta_schedule": "linear"},
     "scaled_linear": {
