@@ -36,8 +36,8 @@ from alignprop_jax.pretraining.diffusion import make_diffusion_loss, make_latent
 from alignprop_jax.pretraining.emoji_dataset import prepare
 from alignprop_jax.pretraining.fit import Recipe, fit
 from alignprop_jax.pretraining.latents import encode_scenes
-from alignprop_jax.pretraining.scenes import SceneSampler
-from alignprop_jax.pretraining.sprites import load_sprites
+from alignprop_jax.pretraining.scenes import SceneMixture, SceneSampler
+from alignprop_jax.pretraining.sprites import Sprites, load_sprites
 from alignprop_jax.pretraining.tokenizer import build_tokenizer
 from alignprop_jax.prompts import load_tokenizer, tokenize
 from alignprop_jax.schedulers import DDIMScheduler
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
     enable_compilation_cache()
     config, workdir, output = _CONFIG.value, Path(_WORKDIR.value), Path(_OUTPUT.value)
     prepare(_DATA.value, workdir / "data")
-    scenes = SceneSampler(load_sprites(workdir / "data"))
+    sprites = load_sprites(workdir / "data")
     train = {
         "clip": train_clip,
         "aesthetic_head": train_aesthetic_head,
@@ -69,17 +69,17 @@ def main(argv: list[str]) -> None:
         "decoder": train_decoder,
     }
     for part in _PARTS_FLAG.value:
-        train[part](config, scenes, workdir, output)
+        train[part](config, sprites, workdir, output)
 
 
-def train_clip(config: ConfigDict, scenes: SceneSampler, workdir: Path, output: Path) -> None:
+def train_clip(config: ConfigDict, sprites: Sprites, workdir: Path, output: Path) -> None:
     """Builds the tokenizer and trains both towers of CLIP."""
     build_tokenizer(caption_words(), output / "tokenizer")
     tokenizer = load_tokenizer(output / "tokenizer")
     config_json = export.clip_config(config.clip, tokenizer)
     model = CLIPModel(CLIPConfig.from_dict(config_json))
     batches = make_caption_batches(
-        scenes,
+        SceneSampler(sprites),
         tokenizer,
         config.clip.batch_size,
         config.clip.style_share,
@@ -97,15 +97,13 @@ def train_clip(config: ConfigDict, scenes: SceneSampler, workdir: Path, output: 
     export.write_clip(output, config_json, params)
 
 
-def train_aesthetic_head(
-    config: ConfigDict, scenes: SceneSampler, workdir: Path, output: Path
-) -> None:
+def train_aesthetic_head(config: ConfigDict, sprites: Sprites, workdir: Path, output: Path) -> None:
     """Trains the head of the aesthetic reward on embeddings of the finished CLIP."""
     clip, clip_params = load_component(CLIPModel, output / "clip")
     embeddings, scores = embed_scenes(
         clip,
         clip_params,
-        scenes,
+        SceneSampler(sprites),
         config.aesthetic_head.num_scenes,
         config.aesthetic_head.spoilt_share,
         config.seed,
@@ -122,9 +120,7 @@ def train_aesthetic_head(
     save_params(head, output / "aesthetic_head.safetensors", np.float16)
 
 
-def train_autoencoder(
-    config: ConfigDict, scenes: SceneSampler, workdir: Path, output: Path
-) -> None:
+def train_autoencoder(config: ConfigDict, sprites: Sprites, workdir: Path, output: Path) -> None:
     """Trains the autoencoder and measures the scale of its latents."""
     config_json = export.vae_config(config.vae)
     model = AutoencoderKL(VAEConfig.from_dict(config_json))
@@ -132,17 +128,19 @@ def train_autoencoder(
         "vae",
         _recipe(config.vae),
         make_autoencoder_loss(model, config.vae.kl_weight),
-        make_image_batches(scenes, config.vae.batch_size),
+        make_image_batches(SceneSampler(sprites), config.vae.batch_size),
         _init(model, config.seed),
         workdir,
         config.seed,
     )
-    latents, _ = encode_scenes(model, params, scenes, num_scenes=512, seed=config.seed)
+    latents, _ = encode_scenes(
+        model, params, SceneSampler(sprites), num_scenes=512, seed=config.seed
+    )
     config_json["scaling_factor"] = float(1.0 / latents.astype(np.float32).std())
     export.write_model(output / "vae", config_json, params, DIFFUSERS_WEIGHTS)
 
 
-def train_decoder(config: ConfigDict, scenes: SceneSampler, workdir: Path, output: Path) -> None:
+def train_decoder(config: ConfigDict, sprites: Sprites, workdir: Path, output: Path) -> None:
     """Goes on training the decoder alone, on latents that the UNet already knows."""
     vae, vae_params = load_component(AutoencoderKL, output / "vae")
     frozen = {name: vae_params[name] for name in ("encoder", "quant_conv")}
@@ -150,7 +148,7 @@ def train_decoder(config: ConfigDict, scenes: SceneSampler, workdir: Path, outpu
         "decoder",
         _recipe(config.decoder),
         make_decoder_loss(vae, frozen, config.decoder.latent_noise),
-        make_image_batches(scenes, config.decoder.batch_size),
+        make_image_batches(SceneSampler(sprites), config.decoder.batch_size),
         {name: vae_params[name] for name in ("decoder", "post_quant_conv")},
         workdir,
         config.seed,
@@ -158,13 +156,14 @@ def train_decoder(config: ConfigDict, scenes: SceneSampler, workdir: Path, outpu
     save_params({**frozen, **decoder}, output / "vae" / DIFFUSERS_WEIGHTS, np.float16)
 
 
-def train_unet(config: ConfigDict, scenes: SceneSampler, workdir: Path, output: Path) -> None:
+def train_unet(config: ConfigDict, sprites: Sprites, workdir: Path, output: Path) -> None:
     """Trains the UNet on encoded scenes with the text tower of CLIP."""
     tokenizer = load_tokenizer(output / "tokenizer")
     text_encoder, text_params = load_component(CLIPTextModel, output / "text_encoder")
     vae, vae_params = load_component(AutoencoderKL, output / "vae")
     scheduler = DDIMScheduler.from_config(export.scheduler_config())
 
+    scenes = SceneSampler(sprites, SceneMixture(**config.unet.scenes))
     latents, captions = encode_scenes(
         vae, vae_params, scenes, config.unet.num_scenes, config.seed, cache=workdir / "latents.npz"
     )

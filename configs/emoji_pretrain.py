@@ -43,9 +43,11 @@ def get_config() -> ConfigDict:
     unet = config.unet = ConfigDict()
     unet.channels = (64, 96, 160)
     unet.num_heads = (2, 3, 5)
+    # Mostly what the built-in prompts ask for: see pretraining/scenes.py.
+    unet.scenes = ConfigDict({"single": 1.4, "featured_share": 0.85})
     unet.num_scenes = 24_000  # encoded once, then drawn from
     unet.caption_dropout = 0.1
-    unet.num_steps = 6000
+    unet.num_steps = 3600
     unet.batch_size = 32
     unet.learning_rate = 1.5e-3
 
