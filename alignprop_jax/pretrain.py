@@ -4,6 +4,7 @@ Each part is written to `--output` in the layout of diffusers and transformers a
 trained. Killed and started again, the program goes on from the last checkpoint in `--workdir`.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -44,22 +45,21 @@ from alignprop_jax.schedulers import DDIMScheduler
 from alignprop_jax.weights import save_params
 
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
-_PARTS = ("clip", "aesthetic_head", "vae", "unet", "decoder")
-
-_CONFIG = config_flags.DEFINE_config_file("config", "configs/emoji_pretrain.py", "The recipe.")
-_DATA = flags.DEFINE_string("data", None, "Folder that launch/fetch_emoji.sh has filled.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Checkpoints and intermediate data.")
-_OUTPUT = flags.DEFINE_string("output", None, "Model folder to write.")
-_PARTS_FLAG = flags.DEFINE_multi_enum("part", list(_PARTS), _PARTS, "Parts to train, in order.")
-flags.mark_flags_as_required(["data", "workdir", "output"])
+PARTS = ("clip", "aesthetic_head", "vae", "unet", "decoder")
 
 
-def main(argv: list[str]) -> None:
-    del argv
-    logging.set_verbosity(logging.INFO)
+def pretrain(
+    config: ConfigDict, data: Path, workdir: Path, output: Path, parts: Sequence[str] = PARTS
+) -> None:
+    """Trains `parts` in order.
+
+    Args:
+        data: the folder that launch/fetch_emoji.sh has filled.
+        workdir: for checkpoints and intermediate data.
+        output: the model's folder.
+    """
     enable_compilation_cache()
-    config, workdir, output = _CONFIG.value, Path(_WORKDIR.value), Path(_OUTPUT.value)
-    prepare(_DATA.value, workdir / "data")
+    prepare(data, workdir / "data")
     sprites = load_sprites(workdir / "data")
     train = {
         "clip": train_clip,
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> None:
         "unet": train_unet,
         "decoder": train_decoder,
     }
-    for part in _PARTS_FLAG.value:
+    for part in parts:
         train[part](config, sprites, workdir, output)
 
 
@@ -209,5 +209,20 @@ def _with_residuals_off(params):
     return jax.tree_util.tree_map_with_path(zero, params)
 
 
+def main(argv: list[str]) -> None:
+    del argv
+    logging.set_verbosity(logging.INFO)
+    values = flags.FLAGS
+    folders = (Path(values.data), Path(values.workdir), Path(values.output))
+    pretrain(values.config, *folders, values.part)
+
+
 if __name__ == "__main__":
+    # Not at import: defining the first one reads the recipe, below the current folder.
+    config_flags.DEFINE_config_file("config", "configs/emoji_pretrain.py", "The recipe.")
+    flags.DEFINE_string("data", None, "Folder that launch/fetch_emoji.sh has filled.")
+    flags.DEFINE_string("workdir", None, "Checkpoints and intermediate data.")
+    flags.DEFINE_string("output", None, "Model folder to write.")
+    flags.DEFINE_multi_enum("part", list(PARTS), PARTS, "Parts to train, in order.")
+    flags.mark_flags_as_required(["data", "workdir", "output"])
     run_program(main)
