@@ -45,7 +45,7 @@ from alignprop_jax.schedulers import DDIMScheduler
 from alignprop_jax.weights import save_params
 
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
-PARTS = ("clip", "aesthetic_head", "vae", "unet", "decoder")
+PARTS = ("clip", "vision", "aesthetic_head", "vae", "unet", "decoder")
 
 
 def pretrain(
@@ -63,6 +63,7 @@ def pretrain(
     sprites = load_sprites(workdir / "data")
     train = {
         "clip": train_clip,
+        "vision": train_vision,
         "aesthetic_head": train_aesthetic_head,
         "vae": train_autoencoder,
         "unet": train_unet,
@@ -95,6 +96,27 @@ def train_clip(config: ConfigDict, sprites: Sprites, workdir: Path, output: Path
         config.seed,
     )
     export.write_clip(output, config_json, params)
+
+
+def train_vision(config: ConfigDict, sprites: Sprites, workdir: Path, output: Path) -> None:
+    """Goes on training CLIP's vision tower, so that it tells styles and spoilt pictures apart.
+
+    The text tower stays as the UNet knows it.
+    """
+    tokenizer = load_tokenizer(output / "tokenizer")
+    clip, clip_params = load_component(CLIPModel, output / "clip")
+    trained = {name: clip_params[name] for name in ("vision_model", "visual_projection")}
+    frozen = {name: params for name, params in clip_params.items() if name not in trained}
+    batches = make_caption_batches(
+        SceneSampler(sprites),
+        tokenizer,
+        config.vision.batch_size,
+        config.vision.style_share,
+        config.vision.degraded_share,
+    )
+    loss = make_contrastive_loss(clip, frozen)
+    params = fit("vision", _recipe(config.vision), loss, batches, trained, workdir, config.seed)
+    export.write_clip(output, export.clip_config(config.clip, tokenizer), {**frozen, **params})
 
 
 def train_aesthetic_head(config: ConfigDict, sprites: Sprites, workdir: Path, output: Path) -> None:
@@ -157,7 +179,10 @@ def train_decoder(config: ConfigDict, sprites: Sprites, workdir: Path, output: P
 
 
 def train_unet(config: ConfigDict, sprites: Sprites, workdir: Path, output: Path) -> None:
-    """Trains the UNet on encoded scenes with the text tower of CLIP."""
+    """Trains the UNet on encoded scenes with the text tower of CLIP.
+
+    It starts from the checkpoint in `workdir`, else from the UNet in `output`, else from scratch.
+    """
     tokenizer = load_tokenizer(output / "tokenizer")
     text_encoder, text_params = load_component(CLIPTextModel, output / "text_encoder")
     vae, vae_params = load_component(AutoencoderKL, output / "vae")
@@ -171,7 +196,11 @@ def train_unet(config: ConfigDict, sprites: Sprites, workdir: Path, output: Path
     row = {text: index for index, text in enumerate(texts)}
     text_table, _ = jax.jit(text_encoder.apply)({"params": text_params}, tokenize(tokenizer, texts))
     config_json = export.unet_config(config.unet, vae.config, text_encoder.config)
-    model = UNet(UNetConfig.from_dict(config_json))
+    if (output / "unet").is_dir():
+        model, start = load_component(UNet, output / "unet")
+    else:
+        model = UNet(UNetConfig.from_dict(config_json))
+        start = _with_residuals_off(_init(model, config.seed))
     params = fit(
         "unet",
         _recipe(config.unet),
@@ -182,7 +211,7 @@ def train_unet(config: ConfigDict, sprites: Sprites, workdir: Path, output: Path
             config.unet.batch_size,
             config.unet.caption_dropout,
         ),
-        _with_residuals_off(_init(model, config.seed)),
+        start,
         workdir,
         config.seed,
     )

@@ -24,6 +24,13 @@ def get_config() -> ConfigDict:
     clip.batch_size = 64
     clip.learning_rate = 1e-3
 
+    vision = config.vision = ConfigDict()
+    vision.style_share = 0.5
+    vision.degraded_share = 0.25
+    vision.num_steps = 900
+    vision.batch_size = 64
+    vision.learning_rate = 5e-4
+
     head = config.aesthetic_head = ConfigDict()
     head.widths = (128, 128, 64, 32, 16, 1)
     head.num_scenes = 6400

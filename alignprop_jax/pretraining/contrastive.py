@@ -9,17 +9,23 @@ from alignprop_jax.pretraining.degrade import degrade
 from alignprop_jax.pretraining.fit import BatchFn, LossFn
 from alignprop_jax.pretraining.scenes import SceneSampler
 from alignprop_jax.prompts import tokenize
+from alignprop_jax.weights import ParamTree
 
 
-def make_contrastive_loss(model: CLIPModel) -> LossFn:
-    """Symmetric cross-entropy between images and captions; equal captions share the target."""
+def make_contrastive_loss(model: CLIPModel, frozen: ParamTree | None = None) -> LossFn:
+    """Symmetric cross-entropy between images and captions; equal captions share the target.
+
+    Args:
+        frozen: the parameters that are not trained, such as the text tower's (Zhai et al., arXiv
+            2111.07991).
+    """
 
     def loss_fn(params, batch, key):
         images, input_ids = batch
         pixel_values = images.astype(jnp.float32) / 127.5 - 1.0
         # Sampled pictures are never as clean as drawn ones.
         pixel_values += 0.06 * jax.random.normal(key, pixel_values.shape)
-        logits = model.apply({"params": params}, input_ids, pixel_values)
+        logits = model.apply({"params": {**(frozen or {}), **params}}, input_ids, pixel_values)
         same = (input_ids[:, None] == input_ids[None, :]).all(-1).astype(jnp.float32)
         targets = same / same.sum(-1, keepdims=True)
         loss = (
