@@ -124,7 +124,8 @@ def write_clip(output: Path, config: Mapping[str, Any], params) -> None:
         output / "clip" / "preprocessor_config.json",
         {
             "image_processor_type": "CLIPImageProcessor",
-            "do_center_crop": False,
+            "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+            "do_center_crop": True,
             "do_convert_rgb": True,
             "do_normalize": True,
             "do_rescale": True,
@@ -132,7 +133,7 @@ def write_clip(output: Path, config: Mapping[str, Any], params) -> None:
             "image_mean": [0.5, 0.5, 0.5],
             "image_std": [0.5, 0.5, 0.5],
             "resample": 3,
-            "size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+            "size": {"shortest_edge": IMAGE_SIZE},
         },
     )
     text = {"architectures": ["CLIPTextModel"], **config["text_config"]}
