@@ -86,8 +86,8 @@ def train_judges(sprites: Sprites, workdir: Path, output: Path) -> dict[str, Any
     learnt = [name for name in sprites.unique_names if name not in held_out]
     animals = (*ANIMALS, *ANIMALS_UNSEEN)
 
-    recognizer = _train("recognizer", recognizer_lesson(sprites), sprites, 2500, workdir, output)
-    style = _train("style", style_lesson(sprites, learnt), sprites, 1500, workdir, output)
+    recognizer = _train("recognizer", recognizer_lesson(sprites), sprites, 1400, workdir, output)
+    style = _train("style", style_lesson(sprites, learnt), sprites, 800, workdir, output)
 
     clean = _plain_pictures(sprites, animals)
     unseen = _plain_pictures(sprites, held_out)
@@ -123,7 +123,7 @@ def _train(
 ) -> Judge:
     model = ConvClassifier(len(lesson.classes))
     table = jnp.asarray(_premultiplied(sprites.images))
-    recipe = Recipe(num_steps, batch_size=64, learning_rate=3e-3, weight_decay=0.05)
+    recipe = Recipe(num_steps, batch_size=48, learning_rate=3e-3, weight_decay=0.05)
 
     def loss_fn(params, batch, key):
         labels, indices = batch
@@ -135,7 +135,7 @@ def _train(
     images = jnp.zeros((1, IMAGE_SIZE, IMAGE_SIZE, 3))
     params = jax.jit(model.init)(jax.random.key(_SEED), images)["params"]
     draw = partial(lesson.draw, size=recipe.batch_size)
-    params = fit(name, recipe, loss_fn, draw, params, workdir, _SEED, checkpoint_every=500)
+    params = fit(name, recipe, loss_fn, draw, params, workdir, _SEED, checkpoint_every=100)
     save_params(params, output / f"{name}.safetensors", np.float16)
     # As users will have it, rounded to half precision.
     return Judge(
@@ -175,10 +175,8 @@ def _spoilt_accuracy(
 ) -> dict[str, float]:
     """Accuracy over draws that training never saw, and over pictures of nothing alone."""
     table = jnp.asarray(_premultiplied(sprites.images))
-    labels, indices = lesson.draw(np.random.default_rng(_SEED + 2), 2048)
-    pictures = jax.jit(partial(_pictures, lesson))(
-        table, labels, indices, jax.random.key(_SEED + 2)
-    )
+    labels, indices = lesson.draw(np.random.default_rng(_SEED + 2), 1024)
+    pictures = jax.jit(partial(_pictures, lesson))(table, indices, jax.random.key(_SEED + 2))
     pictures, wanted = np.asarray(pictures), np.array(lesson.classes)[labels]
     nothing = wanted == NOTHING
     return {
