@@ -22,11 +22,11 @@ INPUT_IDS = np.array([[1, 2, 9], [1, 3, 9], [1, 4, 9], [1, 3, 9], [1, 2, 8]], np
 
 
 class LogitsAsParams:
-    """A stand-in for CLIP whose logits [image, text] are its parameters; remembers its inputs."""
+    """A stand-in for CLIP whose logits [image, text] are parameters; remembers its inputs."""
 
     def apply(self, variables, input_ids, pixel_values):
         self.input_ids, self.pixel_values = input_ids, pixel_values
-        return variables["params"]
+        return sum(variables["params"].values())
 
 
 def images(size, seed=0):
@@ -48,9 +48,21 @@ def test_loss_is_the_mean_of_both_cross_entropies_with_shared_targets():
     expected = (cross_entropy(logits, same) + cross_entropy(logits.T, same)) / 2
     unshared = (cross_entropy(logits, np.eye(5)) + cross_entropy(logits.T, np.eye(5))) / 2
     loss_fn = make_contrastive_loss(LogitsAsParams())
-    loss, _ = loss_fn(jnp.asarray(logits), (images(5), INPUT_IDS), KEY)
+    loss, _ = loss_fn({"logits": jnp.asarray(logits)}, (images(5), INPUT_IDS), KEY)
     assert float(loss) == pytest.approx(expected, rel=1e-5)
     assert expected != pytest.approx(unshared, rel=1e-2)
+
+
+def test_frozen_parameters_take_part_and_are_not_trained():
+    rng = np.random.default_rng(0)
+    text, image = (jnp.asarray(rng.normal(0, 3, (5, 5)), jnp.float32) for _ in range(2))
+    batch = images(5), INPUT_IDS
+    whole, _ = make_contrastive_loss(LogitsAsParams())({"text": text, "image": image}, batch, KEY)
+    loss_fn = make_contrastive_loss(LogitsAsParams(), frozen={"text": text})
+    (loss, _), gradient = jax.value_and_grad(loss_fn, has_aux=True)({"image": image}, batch, KEY)
+    assert float(loss) == pytest.approx(float(whole))
+    assert gradient.keys() == {"image"}
+    assert np.abs(gradient["image"]).max() > 0.01
 
 
 def test_images_of_one_caption_are_not_told_apart():
@@ -58,9 +70,10 @@ def test_images_of_one_caption_are_not_told_apart():
     equal = np.repeat(INPUT_IDS[:1], 4, axis=0)
     loss_fn = make_contrastive_loss(LogitsAsParams())
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
-    (loss, _), gradient = value_and_grad(jnp.zeros((4, 4)), (images(4), equal), KEY)
+    params = {"logits": jnp.zeros((4, 4))}
+    (loss, _), gradient = value_and_grad(params, (images(4), equal), KEY)
     assert float(loss) == pytest.approx(np.log(4))
-    np.testing.assert_allclose(gradient, np.zeros((4, 4)), atol=1e-7)
+    np.testing.assert_allclose(gradient["logits"], np.zeros((4, 4)), atol=1e-7)
 
 
 def test_accuracy_counts_an_equal_caption_as_found():
@@ -68,14 +81,14 @@ def test_accuracy_counts_an_equal_caption_as_found():
     for image, text in enumerate([0, 3, 2, 1, 2]):  # the last one is wrong
         logits[image, text] = 5.0
     loss_fn = make_contrastive_loss(LogitsAsParams())
-    _, metrics = loss_fn(jnp.asarray(logits), (images(5), INPUT_IDS), KEY)
+    _, metrics = loss_fn({"logits": jnp.asarray(logits)}, (images(5), INPUT_IDS), KEY)
     assert float(metrics["accuracy"]) == pytest.approx(0.8)
 
 
 def test_pixels_run_from_minus_one_to_one_with_a_little_noise():
     model = LogitsAsParams()
     batch = images(5)
-    make_contrastive_loss(model)(jnp.zeros((5, 5)), (batch, INPUT_IDS), KEY)
+    make_contrastive_loss(model)({"logits": jnp.zeros((5, 5))}, (batch, INPUT_IDS), KEY)
     noise = np.asarray(model.pixel_values) - (batch / 255 * 2 - 1)
     assert noise.mean() == pytest.approx(0, abs=0.01)
     assert 0.04 < noise.std() < 0.08
