@@ -112,7 +112,8 @@ def scheduler_config() -> dict[str, Any]:
         "prediction_type": "v_prediction",
         "rescale_betas_zero_snr": True,
         "set_alpha_to_one": False,
-        "steps_offset": 0,
+        # Trailing timesteps have no offset, but diffusers warns of any other value here.
+        "steps_offset": 1,
         "timestep_spacing": "trailing",
     }
 
