@@ -1,3 +1,3 @@
-"""Reward fine-tuning of text-to-image diffusion models by backpropagation through the sampler, in JAX."""
+"""Tuning of text-to-image diffusion models by backpropagating a reward through the sampler."""
 
 __version__ = "0.1.0"

@@ -10,16 +10,16 @@ the scores, DIR/images the pictures.
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
 from alignprop_jax.compilation import enable_compilation_cache
 from alignprop_jax.config import define_config_flag, validate
 from alignprop_jax.errors import UserError, run_program
-from alignprop_jax.evaluation import Evaluation, Scorer, make_evaluator
+from alignprop_jax.evaluation import make_evaluator, summarize
 from alignprop_jax.experiment import load_experiment
 from alignprop_jax.images import columns_for, make_grid
+from alignprop_jax.judges import Scorer, find_judges
 from alignprop_jax.lora_file import load_lora
 from alignprop_jax.metrics import write_json
 from alignprop_jax.workdir import Workdir
@@ -28,9 +28,12 @@ BASE_MODEL = "none"
 
 
 def evaluate(
-    config: ConfigDict, path: Path, lora_file: str | None, scorers: dict[str, Scorer]
+    config: ConfigDict,
+    path: Path,
+    lora_file: str | None,
+    scorers: dict[str, Scorer] | None = None,
 ) -> dict[str, Any]:
-    """Evaluates every split, by the reward and by `scorers`.
+    """Evaluates every split by the reward and by `scorers`, the judges beside the model by default.
 
     Returns:
       What evaluation.json holds: the LoRA's file, and by split the number of samples n with mean
@@ -48,6 +51,8 @@ def evaluate(
     if lora_file != BASE_MODEL:
         lora, _ = load_lora(lora_file, experiment.params["unet"])
     evaluator = make_evaluator(config, experiment)
+    if scorers is None:
+        scorers = find_judges(config.model)
     results: dict[str, Any] = {"lora": lora_file}
     for name, split in experiment.splits.items():
         evaluation = evaluator.evaluate(lora, split, scorers, f"{name} prompts")
@@ -69,15 +74,6 @@ def find_lora(workdir: Workdir) -> str:
     return str(workdir.lora)
 
 
-def summarize(evaluation: Evaluation) -> dict[str, float]:
-    """Returns number of samples, and mean and standard deviation by score."""
-    summary = {"n": len(evaluation.scores["reward"])}
-    for name, scores in evaluation.scores.items():
-        summary[f"{name}_mean"] = float(np.mean(scores, dtype=np.float64))
-        summary[f"{name}_std"] = float(np.std(scores, dtype=np.float64))
-    return summary
-
-
 def describe(results: dict[str, Any]) -> str:
     """Returns a line a split."""
     lines = [f"LoRA {results['lora']}"]
@@ -97,7 +93,5 @@ if __name__ == "__main__":
     _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=True)
     _LORA = flags.DEFINE_string("lora", None, "LoRA file, or none for the base model")
     run_program(
-        lambda argv: print(
-            describe(evaluate(_CONFIG.value, Path(_WORKDIR.value), _LORA.value, scorers={}))
-        )
+        lambda argv: print(describe(evaluate(_CONFIG.value, Path(_WORKDIR.value), _LORA.value)))
     )

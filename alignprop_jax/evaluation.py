@@ -2,8 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
+import math
 
 import jax
 import numpy as np
@@ -13,10 +12,8 @@ from ml_collections import ConfigDict
 from alignprop_jax import sharding
 from alignprop_jax.experiment import Experiment, Split, make_keys
 from alignprop_jax.images import to_uint8
+from alignprop_jax.judges import Scorer
 from alignprop_jax.progress import progress_bar
-
-# Images [B, H, W, 3] float32 in [0, 1] and their prompts in, scores [B] out.
-Scorer = Callable[[np.ndarray, list[str]], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,10 +127,16 @@ def make_evaluator(config: ConfigDict, experiment: Experiment) -> Evaluator:
     )
 
 
-def summarize(scores: np.ndarray) -> dict[str, Any]:
-    """Mean, standard deviation and number of scores, as eval.jsonl has them."""
-    return {
-        "reward_mean": float(np.mean(scores, dtype=np.float64)),
-        "reward_std": float(np.std(scores, dtype=np.float64)),
-        "n": len(scores),
-    }
+def summarize(evaluation: Evaluation) -> dict[str, float]:
+    """The number of samples n, and NAME_mean and NAME_std of every score.
+
+    A judge gives NaN where it has no opinion, and those samples do not count for it.
+    """
+    summary: dict[str, float] = {"n": len(evaluation.scores["reward"])}
+    for name, scores in evaluation.scores.items():
+        if name != "reward":
+            scores = scores[~np.isnan(scores)]
+        scores = scores.astype(np.float64)
+        summary[f"{name}_mean"] = float(scores.mean()) if scores.size else math.nan
+        summary[f"{name}_std"] = float(scores.std()) if scores.size else math.nan
+    return summary

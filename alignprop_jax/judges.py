@@ -19,8 +19,12 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from alignprop_jax.errors import UserError
+from alignprop_jax.pretrained import resolve_model
 from alignprop_jax.rewards.preprocess import crop_middle, resize_shorter_edge
 from alignprop_jax.weights import ParamTree, load_params
+
+# Images [B, H, W, 3] float32 in [0, 1] and their prompts in, scores [B] out.
+Scorer = Callable[[np.ndarray, Sequence[str]], np.ndarray]
 
 IMAGE_SIZE = 64
 NOTHING = "nothing"
@@ -101,9 +105,17 @@ def _classify(num_classes: int, params: ParamTree, images: Float[Array, "b h w 3
     return ConvClassifier(num_classes).apply({"params": params}, images).argmax(-1)
 
 
-def load_judges(
-    folder: str | Path,
-) -> dict[str, Callable[[np.ndarray, Sequence[str]], np.ndarray]]:
+def find_judges(model: str | Path) -> dict[str, Scorer]:
+    """Loads the judges in the folder `judges` of a model; none where it has no such folder.
+
+    Raises:
+        UserError: as `load_judges` and `pretrained.resolve_model`.
+    """
+    folder = resolve_model(model) / "judges"
+    return load_judges(folder) if folder.is_dir() else {}
+
+
+def load_judges(folder: str | Path) -> dict[str, Scorer]:
     """Loads both judges as scorers of images [B, H, W, 3] in [0, 1] and their B prompts.
 
     Returns:

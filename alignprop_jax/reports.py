@@ -8,6 +8,7 @@ from alignprop_jax.dashboards import Dashboard
 from alignprop_jax.evaluation import Evaluation, Evaluator, summarize
 from alignprop_jax.experiment import TRAIN, Split
 from alignprop_jax.images import columns_for, make_comparison, make_grid
+from alignprop_jax.judges import Scorer
 from alignprop_jax.lora import scale_lora
 from alignprop_jax.workdir import Workdir
 
@@ -22,12 +23,14 @@ class Reports:
         evaluator: Evaluator,
         splits: dict[str, Split],
         lora_scale: float,
+        judges: dict[str, Scorer],
     ):
         self._workdir = workdir
         self._dashboards = dashboards
         self._evaluator = evaluator
         self._splits = splits
         self._lora_scale = lora_scale
+        self._judges = judges
 
     def evaluate(self, step: int, lora: PyTree, when: str) -> dict[str, Evaluation]:
         """Evaluates every split and records it under the step; `when` names the pictures."""
@@ -35,10 +38,12 @@ class Reports:
         evaluations = {}
         for name, split in self._splits.items():
             description = f"{name} prompts {when}"
-            evaluation = self._evaluator.evaluate(scaled, split, description=description)
-            record = summarize(evaluation.scores["reward"])
+            evaluation = self._evaluator.evaluate(scaled, split, self._judges, description)
+            record = summarize(evaluation)
             self._workdir.evaluations.append({"step": step, "split": name, **record})
-            self.scalars(step, {f"{name}/reward": record["reward_mean"]})
+            self.scalars(
+                step, {f"{name}/{score}": record[f"{score}_mean"] for score in evaluation.scores}
+            )
             columns = columns_for(len(split.prompts))
             grid = make_grid(evaluation.images, split.prompts, columns)
             self._picture(step, f"{name}_{when}", name, grid)

@@ -7,6 +7,7 @@ The same command on the same folder resumes a run, to the same numbers as if it 
 
 import contextlib
 import functools
+import math
 import resource
 import sys
 import time
@@ -29,6 +30,7 @@ from alignprop_jax.dashboards import open_dashboards
 from alignprop_jax.errors import UserError, run_program
 from alignprop_jax.evaluation import make_evaluator
 from alignprop_jax.experiment import TRAIN, UNSEEN, Experiment, load_experiment, make_keys
+from alignprop_jax.judges import find_judges
 from alignprop_jax.lora import count_parameters, init_lora
 from alignprop_jax.lora_file import save_lora
 from alignprop_jax.losses import make_loss
@@ -139,6 +141,7 @@ def open_reports(
         make_evaluator(config, experiment),
         experiment.splits,
         lora_scale=config.lora.alpha / config.lora.rank,
+        judges=find_judges(config.model),
     )
 
 
@@ -290,7 +293,7 @@ def seconds_of_steps(workdir: Workdir) -> list[float]:
 
 
 def describe_result(workdir: Workdir) -> str:
-    """Returns the line a run ends with: what rose from what to what, and where things are."""
+    """Returns what a run ends with: what rose from what to what, and where things are."""
     summary = workdir.load_summary()
 
     def rise(split: str) -> str:
@@ -298,10 +301,32 @@ def describe_result(workdir: Workdir) -> str:
         # A reward that is not finite is null in the file.
         return " -> ".join("nan" if value is None else f"{value:.3f}" for value in (before, after))
 
+    judged = "".join(
+        f"; {judge} {before:.0%} -> {after:.0%}"
+        for judge, (before, after) in judgements(workdir, summary["steps"]).items()
+    )
     return (
         f"reward {rise('reward')} on the prompts trained on, {rise('unseen')} on unseen ones, "
-        f"after {summary['steps']} steps; pictures in {workdir.images}, LoRA in {workdir.lora}"
+        f"after {summary['steps']} steps{judged}; "
+        f"pictures in {workdir.images}, LoRA in {workdir.lora}"
     )
+
+
+def judgements(workdir: Workdir, num_steps: int) -> dict[str, tuple[float, float]]:
+    """Returns what every judge said before and after, over the samples of all splits."""
+    records = workdir.evaluations.read()
+    means = [name for name in records[0] if name.endswith("_mean") and name != "reward_mean"]
+
+    def over_splits(name: str, step: int) -> float:
+        at_step = [record for record in records if record["step"] == step]
+        opinions = [(record[name], record["n"]) for record in at_step if record[name] is not None]
+        values, sizes = zip(*opinions, strict=True) if opinions else ((math.nan,), (1,))
+        return float(np.average(values, weights=sizes))
+
+    return {
+        name.removesuffix("_mean"): (over_splits(name, 0), over_splits(name, num_steps))
+        for name in means
+    }
 
 
 if __name__ == "__main__":

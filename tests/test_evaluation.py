@@ -7,7 +7,7 @@ import pytest
 
 from alignprop_jax import sharding
 from alignprop_jax.algorithms.alignprop import PromptTable
-from alignprop_jax.evaluation import Evaluator, summarize
+from alignprop_jax.evaluation import Evaluation, Evaluator, summarize
 from alignprop_jax.experiment import Experiment, Split
 from alignprop_jax.rewards import Reward
 
@@ -108,6 +108,18 @@ def test_preview_is_the_first_batch():
 
 def test_summary_is_in_double_precision():
     scores = np.array([1e8, 1.0, 3.0], np.float32)
-    summary = summarize(scores)
+    summary = summarize(Evaluation([], {"reward": scores}, np.zeros((0, 8, 8, 3), np.uint8)))
     assert summary["n"] == 3
     assert summary["reward_mean"] == pytest.approx((1e8 + 4.0) / 3, rel=1e-12)
+
+
+def test_summary_leaves_out_samples_that_a_judge_has_no_opinion_on():
+    scores = {
+        "reward": np.array([1.0, np.nan], np.float32),
+        "seen": np.array([1.0, np.nan], np.float32),
+        "mute": np.array([np.nan, np.nan], np.float32),
+    }
+    summary = summarize(Evaluation([], scores, np.zeros((0, 8, 8, 3), np.uint8)))
+    assert summary["seen_mean"] == 1.0 and summary["seen_std"] == 0.0
+    assert np.isnan(summary["mute_mean"])
+    assert np.isnan(summary["reward_mean"])
