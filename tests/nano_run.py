@@ -87,7 +87,7 @@ def command(program: str, config: Path, workdir: Path, *arguments: str) -> list[
 def run(program: str, config: Path, workdir: Path, *arguments: str):
     """Runs a program to its end and returns the completed process."""
     line = command(program, config, workdir, *arguments)
-    return subprocess.run(line, capture_output=True, text=True, timeout=600)
+    return subprocess.run(line, capture_output=True, text=True, timeout=1800)
 
 
 def run_until_killed(config: Path, workdir: Path, after_lines: int) -> None:

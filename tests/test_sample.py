@@ -104,7 +104,7 @@ def test_the_program_samples_what_the_function_does(nano_config, latents, images
     }
     command = [sys.executable, "-m", "alignprop_jax.sample"]
     command += [f"--{name}={value}" for name, value in flags.items()]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    process = subprocess.run(command, capture_output=True, text=True, timeout=1800)
     assert process.returncode == 0, process.stderr
     assert process.stdout == f"3 images in {tmp_path / 'out.npy'}\n"
     np.testing.assert_allclose(np.load(tmp_path / "out.npy"), images, atol=1e-6)
