@@ -16,7 +16,7 @@ from alignprop_jax.pretraining.augmentations import (
 
 
 def make_pictures(
-    key: Key[Array, ""], sprites: Float[Array, "b s s 4"], num_empty: int, hue: float
+    key: Key[Array, ""], sprites: Float[Array, "b s s 4"], num_empty: int, hue: float, damage: float
 ) -> Float[Array, "b s s 3"]:
     """Puts sprites on backgrounds and changes them at random, short of what they show.
 
@@ -24,6 +24,7 @@ def make_pictures(
         sprites: RGBA in [0, 1], alpha premultiplied.
         num_empty: how many, from the end of the batch, are to show no object: see `_empty`.
         hue: standard deviation of the shift in hue, in radians.
+        damage: scales blur, compression and noise; at 1 they cost small pictures their detail.
     """
     batch = sprites.shape[0]
     keys = jax.random.split(key, 10)
@@ -38,10 +39,10 @@ def make_pictures(
     lit = jax.random.bernoulli(keys[4], 0.4, (batch, 1, 1, 1))
     light = 0.07 * smooth_fields(keys[5], batch, sprites.shape[1], 1, 12.0)
     pictures *= 1 + jnp.where(lit, light, 0.0)
-    pictures = blur(pictures, uniform(keys[6], batch, 0.0, 1.0))
+    pictures = blur(pictures, uniform(keys[6], batch, 0.0, damage))
     compressed = jax.random.bernoulli(keys[7], 0.5, (batch, 1, 1, 1))
-    pictures = jnp.where(compressed, compress(keys[8], pictures), pictures)
-    return jnp.clip(add_noise(keys[9], pictures, 0.05), 0, 1)
+    pictures = jnp.where(compressed, compress(keys[8], pictures, 0.15 * damage), pictures)
+    return jnp.clip(add_noise(keys[9], pictures, 0.05 * damage), 0, 1)
 
 
 def _backgrounds(key: Key[Array, ""], batch: int) -> Float[Array, "b 1 1 3"]:
