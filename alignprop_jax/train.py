@@ -7,15 +7,11 @@ The same command on the same folder resumes a run, to the same numbers as if it 
 
 import contextlib
 import functools
-import math
-import resource
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import numpy as np
 import optax
 from absl import flags
 from ml_collections import ConfigDict
@@ -29,7 +25,7 @@ from alignprop_jax.config import define_config_flag, validate
 from alignprop_jax.dashboards import open_dashboards
 from alignprop_jax.errors import UserError, run_program
 from alignprop_jax.evaluation import make_evaluator
-from alignprop_jax.experiment import TRAIN, UNSEEN, Experiment, load_experiment, make_keys
+from alignprop_jax.experiment import TRAIN, Experiment, load_experiment, make_keys
 from alignprop_jax.judges import find_judges
 from alignprop_jax.lora import count_parameters, init_lora
 from alignprop_jax.lora_file import save_lora
@@ -38,6 +34,7 @@ from alignprop_jax.metrics import Record
 from alignprop_jax.progress import progress_bar
 from alignprop_jax.reports import Reports
 from alignprop_jax.state import TrainState, create_train_state
+from alignprop_jax.summary import describe_result, seconds_of_steps, summarize
 from alignprop_jax.truncation import draw_trained_steps
 from alignprop_jax.workdir import Workdir
 
@@ -259,74 +256,6 @@ def evaluate_after(step: int, state: TrainState, workdir: Workdir, reports: Repo
     # A run that was killed at this point has evaluated the step already.
     workdir.evaluations.keep(lambda record: record["step"] < step)
     reports.compare(step, reports.evaluate(step, state.lora, "after"))
-
-
-def summarize(
-    config: ConfigDict, workdir: Workdir, seconds_compile: float, seconds_total: float
-) -> Record:
-    """Returns the content of summary.json."""
-    rewards = {
-        (record["split"], record["step"]): record["reward_mean"]
-        for record in workdir.evaluations.read()
-    }
-    steps = config.train.num_steps
-    # ru_maxrss is in kilobytes, but on macOS in bytes.
-    rss_unit = 1 if sys.platform == "darwin" else 1024
-    peak_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * rss_unit
-    return {
-        "reward_before": rewards[TRAIN, 0],
-        "reward_after": rewards[TRAIN, steps],
-        "unseen_before": rewards[UNSEEN, 0],
-        "unseen_after": rewards[UNSEEN, steps],
-        "steps": steps,
-        "reward_queries": steps * config.train.batch_size,
-        "seconds_compile": seconds_compile,
-        "seconds_per_step": float(np.mean(seconds_of_steps(workdir))),
-        "seconds_total": seconds_total,
-        "peak_rss_gb": peak_rss / 1e9,
-    }
-
-
-def seconds_of_steps(workdir: Workdir) -> list[float]:
-    """Returns the wall-clock time of every step, those before a resume too."""
-    return [record["step_seconds"] for record in workdir.metrics.read()]
-
-
-def describe_result(workdir: Workdir) -> str:
-    """Returns what a run ends with: what rose from what to what, and where things are."""
-    summary = workdir.load_summary()
-
-    def rise(split: str) -> str:
-        before, after = summary[f"{split}_before"], summary[f"{split}_after"]
-        # A reward that is not finite is null in the file.
-        return " -> ".join("nan" if value is None else f"{value:.3f}" for value in (before, after))
-
-    judged = "".join(
-        f"; {judge} {before:.0%} -> {after:.0%}"
-        for judge, (before, after) in judgements(workdir, summary["steps"]).items()
-    )
-    return (
-        f"reward {rise('reward')} on the prompts trained on, {rise('unseen')} on unseen ones, "
-        f"after {summary['steps']} steps{judged}; "
-        f"pictures in {workdir.images}, LoRA in {workdir.lora}"
-    )
-
-
-def judgements(workdir: Workdir, num_steps: int) -> dict[str, tuple[float, float]]:
-    """Returns what every judge said before and after, over the samples of all splits."""
-    records = workdir.evaluations.read()
-    means = [name for name in records[0] if name.endswith("_mean") and name != "reward_mean"]
-
-    def over_splits(name: str, step: int) -> float:
-        at_step = [record for record in records if record["step"] == step]
-        opinions = [(record[name], record["n"]) for record in at_step if record[name] is not None]
-        values, sizes = zip(*opinions, strict=True) if opinions else ((math.nan,), (1,))
-        return float(np.average(values, weights=sizes))
-
-    return {
-        name.removesuffix("_mean"): (over_splits(name, 0), over_splits(name, num_steps))
-        for name in means
-    }
 
 
 if __name__ == "__main__":
