@@ -16,7 +16,12 @@ from alignprop_jax.pretraining.augmentations import (
 
 
 def make_pictures(
-    key: Key[Array, ""], sprites: Float[Array, "b s s 4"], num_empty: int, hue: float, damage: float
+    key: Key[Array, ""],
+    sprites: Float[Array, "b s s 4"],
+    num_empty: int,
+    hue: float,
+    damage: float,
+    washed: float,
 ) -> Float[Array, "b s s 3"]:
     """Puts sprites on backgrounds and changes them at random, short of what they show.
 
@@ -25,6 +30,8 @@ def make_pictures(
         num_empty: how many, from the end of the batch, are to show no object: see `_empty`.
         hue: standard deviation of the shift in hue, in radians.
         damage: scales blur, compression and noise; at 1 they cost small pictures their detail.
+        washed: share of pictures that lie under a wash of colour, so that a soft gradient over flat
+            art is not taken for shading.
     """
     batch = sprites.shape[0]
     keys = jax.random.split(key, 10)
@@ -35,6 +42,8 @@ def make_pictures(
         spoilt = [array[-num_empty:] for array in (sprites, pictures, background)]
         pictures = jnp.concatenate([pictures[:-num_empty], _empty(keys[2], *spoilt)])
     pictures = jitter_color(keys[3], pictures, hue)
+    if washed:
+        pictures = _wash(jax.random.fold_in(key, 0), pictures, washed)
     # A light that varies over any picture, so that a gradient by itself says nothing about style.
     lit = jax.random.bernoulli(keys[4], 0.4, (batch, 1, 1, 1))
     light = 0.07 * smooth_fields(keys[5], batch, sprites.shape[1], 1, 12.0)
@@ -52,6 +61,24 @@ def _backgrounds(key: Key[Array, ""], batch: int) -> Float[Array, "b 1 1 3"]:
     return jnp.where(white, 1.0, jax.random.uniform(color_key, (batch, 1, 1, 3)))
 
 
+def _gradient(keys: Key[Array, "4"], batch: int, size: int) -> Float[Array, "b s s 3"]:
+    """Soft changes of colour, pastel for the most part: what pictures fade into."""
+    base = 1 - uniform(keys[0], batch, 0.1, 1.0) * jax.random.uniform(keys[1], (batch, 1, 1, 3))
+    depth = uniform(keys[2], batch, 0.0, 0.25)
+    return jnp.clip(base + depth * smooth_fields(keys[3], batch, size, 3, 9.0), 0, 1)
+
+
+def _wash(
+    key: Key[Array, ""], pictures: Float[Array, "b s s 3"], share: float
+) -> Float[Array, "b s s 3"]:
+    """Mixes a share of the pictures with a gradient, to 60% at most."""
+    batch, size = pictures.shape[:2]
+    keys = jax.random.split(key, 3)
+    chosen = jax.random.bernoulli(keys[0], share, (batch, 1, 1, 1))
+    weight = chosen * uniform(keys[1], batch, 0.1, 0.6)
+    return (1 - weight) * pictures + weight * _gradient(jax.random.split(keys[2], 4), batch, size)
+
+
 def _empty(
     key: Key[Array, ""],
     sprites: Float[Array, "b s s 4"],
@@ -65,11 +92,8 @@ def _empty(
     """
     batch, size = pictures.shape[:2]
     keys = jax.random.split(key, 8)
-    # Pastels for the most part: the colours that pictures fade into.
-    base = 1 - uniform(keys[0], batch, 0.1, 1.0) * jax.random.uniform(keys[1], (batch, 1, 1, 3))
-    depth = uniform(keys[2], batch, 0.0, 0.25)
-    gradient = jnp.clip(base + depth * smooth_fields(keys[3], batch, size, 3, 9.0), 0, 1)
-    noise = jnp.clip(base + 0.3 * jax.random.normal(keys[4], pictures.shape), 0, 1)
+    gradient = _gradient(keys[:4], batch, size)
+    noise = jnp.clip(gradient + 0.3 * jax.random.normal(keys[4], pictures.shape), 0, 1)
     blurred = blur(pictures, uniform(keys[5], batch, 4.0, 8.0))
     faint = uniform(keys[6], batch, 0.0, 0.12)
     paled = gradient + faint * (pictures - 1)

@@ -44,6 +44,7 @@ class Lesson:
         nothing_share: share of pictures without an object.
         hue: standard deviation of the shift in hue, in radians.
         damage: how much detail the pictures lose, see `make_pictures`.
+        washed: share of pictures under a wash of colour.
     """
 
     classes: tuple[str, ...]
@@ -51,6 +52,7 @@ class Lesson:
     nothing_share: float
     hue: float
     damage: float
+    washed: float
 
     def draw(self, rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
         """Labels and sprites, int [size] each.
@@ -73,7 +75,7 @@ def recognizer_lesson(sprites: Sprites) -> Lesson:
     """The animals of the built-in prompts, whatever the style."""
     animals = (*ANIMALS, *ANIMALS_UNSEEN)
     by_class = [[sprites.by_name_and_style[name, style] for style in STYLES] for name in animals]
-    return Lesson((*animals, NOTHING), by_class, nothing_share=0.1, hue=0.3, damage=1.0)
+    return Lesson((*animals, NOTHING), by_class, nothing_share=0.1, hue=0.3, damage=1.0, washed=0.0)
 
 
 def style_lesson(sprites: Sprites, names: Sequence[str]) -> Lesson:
@@ -82,7 +84,7 @@ def style_lesson(sprites: Sprites, names: Sequence[str]) -> Lesson:
     Shading is what tells, so the pictures keep more of their detail than the recognizer's.
     """
     by_class = [[sprites.by_name_and_style[name, style] for name in names] for style in STYLES]
-    return Lesson((*STYLES, NOTHING), by_class, nothing_share=0.2, hue=0.3, damage=0.4)
+    return Lesson((*STYLES, NOTHING), by_class, nothing_share=0.2, hue=0.3, damage=0.4, washed=0.4)
 
 
 def train_judges(sprites: Sprites, workdir: Path, output: Path) -> dict[str, Any]:
@@ -162,7 +164,9 @@ def _train(
 
 def _pictures(lesson: Lesson, table, indices, key):
     sprites = table[indices].astype(jnp.float32) / 255
-    return make_pictures(key, sprites, lesson.num_empty(len(indices)), lesson.hue, lesson.damage)
+    return make_pictures(
+        key, sprites, lesson.num_empty(len(indices)), lesson.hue, lesson.damage, lesson.washed
+    )
 
 
 def _premultiplied(images: np.ndarray) -> np.ndarray:

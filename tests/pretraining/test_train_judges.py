@@ -50,11 +50,11 @@ def test_pictures_show_the_sprite_but_for_the_empty_ones():
     sprites[:, 12:52, 12:52, 3] = 1
     compiled = jax.jit(
         make_pictures,
-        static_argnums=(2, 3, 4),
+        static_argnums=(2, 3, 4, 5),
         # Compiling is what takes the time.
         compiler_options={"xla_backend_optimization_level": 0},
     )
-    pictures = compiled(jax.random.key(0), sprites, 12, 0.3, 1.0)
+    pictures = compiled(jax.random.key(0), sprites, 12, 0.3, 1.0, 0.0)
     assert pictures.shape == (24, 64, 64, 3)
     assert 0 <= pictures.min() and pictures.max() <= 1
     middle = np.asarray(pictures)[:, 26:38, 26:38].mean((1, 2, 3))
