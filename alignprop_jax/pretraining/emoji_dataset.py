@@ -9,8 +9,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from alignprop_jax.errors import UserError
-from alignprop_jax.pretraining.names import PLAIN_NAMES
-from alignprop_jax.pretraining.sprites import STYLES
+from alignprop_jax.pretraining.names import PLAIN_NAMES, STYLES
 
 IMAGE_SIZE = 64
 CATEGORIES = ("Animals & Nature", "Food & Drink")

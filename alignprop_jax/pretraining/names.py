@@ -107,3 +107,6 @@ PLAIN_NAMES: dict[str, str] = {
 """Name in `emoji.json`, in lower case -> plain name; several pictures may share one."""
 
 OBJECT_NAMES: tuple[str, ...] = tuple(sorted(set(PLAIN_NAMES.values())))
+
+STYLES = ("flat", "glossy")
+"""How the two sets of emoji are drawn: Noto flat, Fluent glossy."""

@@ -9,7 +9,8 @@ from PIL import Image
 
 from alignprop_jax.pretraining.captions import caption, is_countable
 from alignprop_jax.pretraining.colors import COLORS, tint
-from alignprop_jax.pretraining.sprites import STYLES, Sprites
+from alignprop_jax.pretraining.names import STYLES
+from alignprop_jax.pretraining.sprites import Sprites
 from alignprop_jax.prompts import ANIMALS, ANIMALS_UNSEEN
 
 IMAGE_SIZE = 64

@@ -6,8 +6,6 @@ from pathlib import Path
 
 import numpy as np
 
-STYLES = ("flat", "glossy")
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sprites:

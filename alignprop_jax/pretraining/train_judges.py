@@ -25,8 +25,9 @@ from alignprop_jax.judges import IMAGE_SIZE, NOTHING, ConvClassifier, Judge
 from alignprop_jax.pretraining.emoji_dataset import prepare
 from alignprop_jax.pretraining.fit import Recipe, fit
 from alignprop_jax.pretraining.judge_pictures import make_pictures
+from alignprop_jax.pretraining.names import STYLES
 from alignprop_jax.pretraining.scenes import SceneMixture, SceneSampler
-from alignprop_jax.pretraining.sprites import STYLES, Sprites, load_sprites
+from alignprop_jax.pretraining.sprites import Sprites, load_sprites
 from alignprop_jax.prompts import ANIMALS, ANIMALS_UNSEEN
 from alignprop_jax.weights import ParamTree, save_params
 

@@ -6,7 +6,8 @@ import pytest
 
 from alignprop_jax.judges import NOTHING
 from alignprop_jax.pretraining.judge_pictures import make_pictures
-from alignprop_jax.pretraining.sprites import STYLES, Sprites
+from alignprop_jax.pretraining.names import STYLES
+from alignprop_jax.pretraining.sprites import Sprites
 from alignprop_jax.pretraining.train_judges import recognizer_lesson, style_lesson
 from alignprop_jax.prompts import ANIMALS, ANIMALS_UNSEEN
 
