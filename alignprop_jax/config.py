@@ -14,7 +14,7 @@ from ml_collections import ConfigDict, FieldReference, config_flags
 from alignprop_jax.errors import UserError
 from alignprop_jax.losses import SHAPES
 from alignprop_jax.sampling import REMAT_POLICIES
-from alignprop_jax.truncation import STRATEGIES, check_truncation
+from alignprop_jax.truncation import STRATEGIES, Truncation
 
 _CHOICES = {
     "algorithm": ("alignprop",),
@@ -190,16 +190,7 @@ def validate(config: ConfigDict) -> None:
     _check(
         sampler.guidance_scale >= 1, "sampler.guidance_scale", sampler.guidance_scale, "1 or more"
     )
-    truncation = config.truncation
-    check_truncation(
-        truncation.strategy,
-        sampler.num_steps,
-        start=truncation.start,
-        mean=truncation.mean,
-        std=truncation.std,
-        low=truncation.min,
-        high=truncation.max,
-    )
+    Truncation(**config.truncation).check(sampler.num_steps)
     microbatch_size, batch_size = config.train.microbatch_size, config.train.batch_size
     _check(
         microbatch_size == 0 or batch_size % microbatch_size == 0,

@@ -31,6 +31,7 @@ _HUB_PATTERNS = [
     "config.json",
     "*/config.json",
     "model_index.json",
+    "preprocessor_config.json",
     "scheduler/scheduler_config.json",
     "merges.txt",
     "tokenizer*.json",

@@ -35,7 +35,7 @@ from alignprop_jax.progress import progress_bar
 from alignprop_jax.reports import Reports
 from alignprop_jax.state import TrainState, create_train_state
 from alignprop_jax.summary import describe_result, seconds_of_steps, summarize
-from alignprop_jax.truncation import draw_trained_steps
+from alignprop_jax.truncation import Truncation
 from alignprop_jax.workdir import Workdir
 
 # After so many steps in a row without a finite gradient, no later one will have it.
@@ -166,14 +166,7 @@ def compile_train_step(
         make_loss(config.loss.shape, config.loss.target, config.loss.scale),
         optimizer_of(config),
         functools.partial(
-            draw_trained_steps,
-            strategy=config.truncation.strategy,
-            num_steps=config.sampler.num_steps,
-            start=config.truncation.start,
-            mean=config.truncation.mean,
-            std=config.truncation.std,
-            low=config.truncation.min,
-            high=config.truncation.max,
+            Truncation(**config.truncation).draw, num_steps=config.sampler.num_steps
         ),
         latent_shape=experiment.sd.latent_shape,
         lora_scale=config.lora.alpha / config.lora.rank,

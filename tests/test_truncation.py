@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from alignprop_jax.errors import UserError
-from alignprop_jax.truncation import check_truncation, draw_trained_steps, first_trained_step
+from alignprop_jax.truncation import Truncation, first_trained_step
 
 DRAWS = 4000
 
@@ -16,7 +16,7 @@ def draw_many(strategy, num_steps, **settings):
     @jax.jit
     @jax.vmap
     def draw(key):
-        return draw_trained_steps(key, strategy, num_steps, **settings)
+        return Truncation(strategy, **settings).draw(key, num_steps)
 
     trained = np.asarray(draw(jax.random.split(jax.random.key(0), DRAWS)))
     assert trained.shape == (DRAWS, num_steps)
@@ -49,7 +49,7 @@ def test_fixed_trains_from_start(start):
 
 
 def test_uniform_includes_both_ends():
-    starts = cutoffs(draw_many("uniform", 6, low=2, high=6))
+    starts = cutoffs(draw_many("uniform", 6, min=2, max=6))
     assert_frequencies(starts, dict.fromkeys(range(2, 7), 1 / 5))
 
 
@@ -65,7 +65,7 @@ def test_gaussian_is_the_floor_of_a_truncated_normal(num_steps, mean, std):
 
 def test_per_step_draws_each_step_anew():
     num_steps = 6
-    trained = draw_many("per_step", num_steps, low=0, high=num_steps)
+    trained = draw_many("per_step", num_steps, min=0, max=num_steps)
     # Step i is trained when a cut-off in 0..T is at most i: (i + 1) / (T + 1).
     for i in range(num_steps):
         assert_frequencies(
@@ -91,21 +91,21 @@ def test_first_trained_step(trained, first):
         ({"strategy": "sometimes"}, "strategy is 'sometimes'"),
         ({"strategy": "fixed", "start": 21}, "start is 21"),
         ({"strategy": "fixed", "start": -1}, "start is -1"),
-        ({"strategy": "uniform", "low": 0, "high": 21}, "max is 21"),
-        ({"strategy": "per_step", "low": 5, "high": 4}, "min is 5"),
+        ({"strategy": "uniform", "min": 0, "max": 21}, "max is 21"),
+        ({"strategy": "per_step", "min": 5, "max": 4}, "min is 5"),
         ({"strategy": "gaussian", "mean": 42.0}, "mean is 42.0"),
         ({"strategy": "gaussian", "mean": 5.0, "std": 0.0}, "std is 0.0"),
     ],
 )
 def test_refuses_settings_that_do_not_fit_the_sampler(settings, culprit):
     with pytest.raises(UserError, match=culprit):
-        check_truncation(num_steps=20, **settings)
+        Truncation(**settings).check(20)
 
 
 def test_gaussian_needs_a_step_to_cut():
     with pytest.raises(UserError, match="at least 2"):
-        check_truncation("gaussian", 1, mean=1.0)
+        Truncation("gaussian", mean=1.0).check(1)
 
 
 def test_unused_settings_may_hold_anything():
-    check_truncation("full", 5, start=100, mean=100.0, std=-1.0, low=9, high=3)
+    Truncation("full", start=100, mean=100.0, std=-1.0, min=9, max=3).check(5)

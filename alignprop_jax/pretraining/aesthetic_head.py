@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 from alignprop_jax.models.clip import CLIPModel
 from alignprop_jax.pretraining.degrade import degrade
 from alignprop_jax.pretraining.fit import BatchFn
+from alignprop_jax.pretraining.pixels import to_pixel_values
 from alignprop_jax.pretraining.scenes import SceneSampler
 from alignprop_jax.rewards.aesthetic import apply_head
 
@@ -52,7 +53,7 @@ def embed_scenes(
 
     @jax.jit
     def embed(images):
-        pixels = images.astype(jnp.float32) / 127.5 - 1.0
+        pixels = to_pixel_values(images)
         return model.apply({"params": params}, pixels, method="get_image_features")
 
     rng = np.random.default_rng([seed, num_scenes])

@@ -6,6 +6,7 @@ import numpy as np
 
 from alignprop_jax.models.vae import AutoencoderKL
 from alignprop_jax.pretraining.fit import BatchFn, LossFn
+from alignprop_jax.pretraining.pixels import to_pixel_values
 from alignprop_jax.pretraining.scenes import SceneSampler
 from alignprop_jax.weights import ParamTree
 
@@ -17,7 +18,7 @@ def make_autoencoder_loss(model: AutoencoderKL, kl_weight: float) -> LossFn:
     """
 
     def loss_fn(params, batch, key):
-        images = batch.astype(jnp.float32) / 127.5 - 1.0
+        images = to_pixel_values(batch)
         mean, log_variance = model.apply({"params": params}, images, method="encode")
         latents = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape)
         decoded = model.apply({"params": params}, latents, method="decode")
@@ -38,7 +39,7 @@ def make_decoder_loss(model: AutoencoderKL, frozen: ParamTree, latent_noise: flo
     """
 
     def loss_fn(params, batch, key):
-        images = batch.astype(jnp.float32) / 127.5 - 1.0
+        images = to_pixel_values(batch)
         latents, _ = model.apply({"params": frozen}, images, method="encode")
         scale = latent_noise / model.config.scaling_factor
         latents += scale * jax.random.normal(key, latents.shape)

@@ -7,6 +7,7 @@ import numpy as np
 from alignprop_jax.models.clip import CLIPModel
 from alignprop_jax.pretraining.degrade import degrade
 from alignprop_jax.pretraining.fit import BatchFn, LossFn
+from alignprop_jax.pretraining.pixels import to_pixel_values
 from alignprop_jax.pretraining.scenes import SceneSampler
 from alignprop_jax.prompts import tokenize
 from alignprop_jax.weights import ParamTree
@@ -22,7 +23,7 @@ def make_contrastive_loss(model: CLIPModel, frozen: ParamTree | None = None) -> 
 
     def loss_fn(params, batch, key):
         images, input_ids = batch
-        pixel_values = images.astype(jnp.float32) / 127.5 - 1.0
+        pixel_values = to_pixel_values(images)
         # Sampled pictures are never as clean as drawn ones.
         pixel_values += 0.06 * jax.random.normal(key, pixel_values.shape)
         logits = model.apply({"params": {**(frozen or {}), **params}}, input_ids, pixel_values)

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
 from alignprop_jax.models.vae import AutoencoderKL
+from alignprop_jax.pretraining.pixels import to_pixel_values
 from alignprop_jax.pretraining.scenes import SceneSampler
 
 _BATCH = 64
@@ -32,7 +32,7 @@ def encode_scenes(
 
     @jax.jit
     def encode(images):
-        pixels = images.astype(jnp.float32) / 127.5 - 1.0
+        pixels = to_pixel_values(images)
         return vae.apply({"params": params}, pixels, method="encode")[0]
 
     rng = np.random.default_rng([seed, num_scenes])
