@@ -75,7 +75,8 @@ def pretrain(
 
 def train_clip(config: ConfigDict, sprites: Sprites, workdir: Path, output: Path) -> None:
     """Builds the tokenizer and trains both towers of CLIP."""
-    build_tokenizer(caption_words(), output / "tokenizer")
+    for folder in ("tokenizer", "clip"):
+        build_tokenizer(caption_words(), output / folder)
     tokenizer = load_tokenizer(output / "tokenizer")
     config_json = export.clip_config(config.clip, tokenizer)
     model = CLIPModel(CLIPConfig.from_dict(config_json))
@@ -220,7 +221,12 @@ def train_unet(config: ConfigDict, sprites: Sprites, workdir: Path, output: Path
 
 
 def _recipe(config: ConfigDict) -> Recipe:
-    return Recipe(config.num_steps, config.batch_size, config.learning_rate)
+    return Recipe(
+        config.num_steps,
+        config.batch_size,
+        config.learning_rate,
+        muon=config.get("muon", False),
+    )
 
 
 def _init(model, seed: int):

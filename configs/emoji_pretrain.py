@@ -51,12 +51,15 @@ def get_config() -> ConfigDict:
     unet.channels = (64, 96, 160)
     unet.num_heads = (2, 3, 5)
     # Mostly what the built-in prompts ask for: see pretraining/scenes.py.
-    unet.scenes = ConfigDict({"single": 1.4, "featured_share": 0.85})
+    unet.scenes = ConfigDict(
+        {"single": 2.5, "featured_share": 0.9, "single_size": (56, 60), "max_shift": 1}
+    )
     unet.num_scenes = 24_000  # encoded once, then drawn from
     unet.caption_dropout = 0.1
-    unet.num_steps = 3600
+    unet.num_steps = 6000
     unet.batch_size = 32
-    unet.learning_rate = 1.5e-3
+    unet.learning_rate = 1.2e-3
+    unet.muon = True
 
     decoder = config.decoder = ConfigDict()
     decoder.latent_noise = 0.05

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 from absl import logging
 
 from alignprop_jax.checkpoints import Checkpoints
@@ -26,7 +27,9 @@ BatchFn = Callable[[np.random.Generator], Any]
 class Recipe:
     """How long and how fast one part trains.
 
-    The learning rate rises linearly over `warmup_steps`, stays, and falls linearly to zero over the
+    With `muon`, kernels learn by Muon (Jordan et al., 2024), its updates scaled to the size of
+    AdamW's (Liu et al., arXiv 2502.16982), so that one learning rate serves both. The learning rate
+    rises linearly over `warmup_steps`, stays, and falls linearly to zero over the
     last `decay_share` of the steps, so that a run can be prolonged from before the fall.
     """
 
@@ -39,6 +42,7 @@ class Recipe:
     decay_share: float = 0.3
     max_grad_norm: float = 1.0
     average_decay: float = 0.999
+    muon: bool = False
 
     def optimizer(self) -> optax.GradientTransformation:
         decay_steps = int(self.decay_share * self.num_steps)
@@ -50,15 +54,35 @@ class Recipe:
             ],
             [self.warmup_steps, self.num_steps - decay_steps],
         )
-        return optax.chain(
-            optax.clip_by_global_norm(self.max_grad_norm),
-            optax.adamw(
+        if self.muon:
+            step = optax.contrib.muon(
                 schedule,
-                b2=self.beta2,
+                ns_steps=3,
                 weight_decay=self.weight_decay,
-                mask=partial(jax.tree.map, lambda leaf: leaf.ndim > 1),
-            ),
-        )
+                adam_b2=self.beta2,
+                adam_weight_decay=0.0,
+                muon_weight_dimension_numbers=_kernels_as_matrices,
+                consistent_rms=0.2,
+            )
+        else:
+            step = optax.adamw(
+                schedule, b2=self.beta2, weight_decay=self.weight_decay, mask=_kernels
+            )
+        return optax.chain(optax.clip_by_global_norm(self.max_grad_norm), step)
+
+
+def _kernels(params: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+
+
+def _kernels_as_matrices(params: Any) -> Any:
+    """For Muon: every axis of a kernel but the last, its outputs, counts as input."""
+
+    def dimension_numbers(leaf):
+        inputs = tuple(range(leaf.ndim - 1))
+        return optax.contrib.MuonDimensionNumbers(inputs, leaf.ndim - 1) if inputs else None
+
+    return jax.tree.map(dimension_numbers, params)
 
 
 def fit(

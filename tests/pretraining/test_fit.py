@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 from alignprop_jax.errors import UserError
 from alignprop_jax.pretraining.fit import Recipe, fit
@@ -162,3 +163,26 @@ def test_checkpoint_of_other_parameters_is_refused(tmp_path):
     wider = {"kernel": jnp.zeros((2, 3)), "bias": jnp.zeros((3, 3))}
     with pytest.raises(UserError, match=r"has parameters 9, this run 15.*--workdir"):
         fit("part", recipe, linear_loss, batch_fn, wider, tmp_path, 0)
+
+
+def test_muon_moves_kernels_as_pytorchs_muon_does():
+    """Its first step; PyTorch iterates in bfloat16, which keeps three digits."""
+    rng = np.random.default_rng(0)
+    kernel, gradient = rng.normal(size=(2, 3, 3, 8, 6)).astype(np.float32)
+    matrix = torch.nn.Parameter(torch.tensor(kernel.reshape(72, 6)))
+    reference = torch.optim.Muon(
+        [matrix], lr=0.1, weight_decay=0.2, ns_steps=3, adjust_lr_fn="match_rms_adamw"
+    )
+    matrix.grad = torch.tensor(gradient.reshape(72, 6))
+    reference.step()
+
+    recipe = dataclasses.replace(RECIPE, warmup_steps=0, max_grad_norm=1e6, muon=True)
+    params = {"kernel": kernel, "bias": np.ones(6, np.float32)}
+    grads = {"kernel": gradient, "bias": np.array([1, -1, 2, -2, 3, -3], np.float32)}
+    optimizer = recipe.optimizer()
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    expected = matrix.detach().numpy().reshape(kernel.shape) - kernel
+    np.testing.assert_allclose(updates["kernel"], expected, atol=0.02 * np.abs(expected).max())
+    # Biases learn by Adam with Nesterov's momentum (Dozat, 2016) and do not decay.
+    step = 0.1 * (0.9 * 0.1 / (1 - 0.9**2) + 0.1 / (1 - 0.9))
+    np.testing.assert_allclose(updates["bias"], -step * np.sign(grads["bias"]), rtol=1e-5)
