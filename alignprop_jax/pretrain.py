@@ -167,11 +167,12 @@ def train_decoder(config: ConfigDict, sprites: Sprites, workdir: Path, output: P
     """Goes on training the decoder alone, on latents that the UNet already knows."""
     vae, vae_params = load_component(AutoencoderKL, output / "vae")
     frozen = {name: vae_params[name] for name in ("encoder", "quant_conv")}
+    scenes = SceneSampler(sprites, SceneMixture(**config.decoder.scenes))
     decoder = fit(
         "decoder",
         _recipe(config.decoder),
         make_decoder_loss(vae, frozen, config.decoder.latent_noise),
-        make_image_batches(SceneSampler(sprites), config.decoder.batch_size),
+        make_image_batches(scenes, config.decoder.batch_size),
         {name: vae_params[name] for name in ("decoder", "post_quant_conv")},
         workdir,
         config.seed,

@@ -62,8 +62,10 @@ def get_config() -> ConfigDict:
     unet.muon = True
 
     decoder = config.decoder = ConfigDict()
+    decoder.scenes = unet.scenes
     decoder.latent_noise = 0.05
     decoder.num_steps = 1500
     decoder.batch_size = 16
-    decoder.learning_rate = 1e-3
+    decoder.learning_rate = 2e-3
+    decoder.muon = True
     return config
