@@ -37,12 +37,18 @@ setup(
         "transformers>=5.23,<6",
     ],
     extras_require={
-        # PyTorch and diffusers are what the tests compare with; nothing else imports them.
+        # Weights that are published as pickles alone are read by PyTorch's safe loader.
+        "pickle": ["torch>=2.6,<3"],
+        # PyTorch and diffusers are what the tests compare with. ftfy is
+        # for open_clip, which launch/environment.sh installs. Playwright drives the Chromium of the
+        # system, which looks at the page of a sweep.
         "test": [
             "accelerate>=1.15,<2",
             "beartype>=0.23,<0.24",
             "diffusers>=0.42,<0.43",
+            "ftfy>=6,<7",
             "peft>=0.21,<0.22",
+            "playwright>=1.65,<2",
             "pytest>=9,<10",
             "ruff>=0.17,<0.18",
             "torch>=2.13,<3",

@@ -59,7 +59,17 @@ def default_config() -> ConfigDict:
 
     config.aesthetic = ConfigDict()
     config.aesthetic.clip = "emoji"  # folder of the CLIP whose image embedding is scored, or emoji
-    config.aesthetic.head = ""  # safetensors of the scoring head; empty: the one beside the CLIP
+    config.aesthetic.head = ""  # file of the scoring head; empty: the CLIP's own, else LAION's
+
+    config.clip_score = ConfigDict()
+    config.clip_score.clip = "emoji"  # folder or hub id of a CLIP of transformers, or emoji
+    config.pickscore = ConfigDict()
+    config.pickscore.clip = "yuvalkirstain/PickScore_v1"
+    config.hps = ConfigDict()
+    config.hps.checkpoint = "xswu/HPSv2/HPS_v2.1_compressed.pt"  # a file, here or on the hub
+    config.hps.tokenizer = "openai/clip-vit-large-patch14"  # CLIP's, of a folder or a hub id
+    config.jpeg = ConfigDict()  # jpeg_compress and jpeg_incompress
+    config.jpeg.quality = 95  # 1 to 100
 
     config.loss = ConfigDict()
     config.loss.shape = "target"  # target: |target - reward|; one_minus: 1 - reward; negative
@@ -184,6 +194,8 @@ def validate(config: ConfigDict) -> None:
         _check(0 <= values[key] < 1, key, values[key], "in [0, 1)")
     for key in ("model", "prompts", "eval_prompts", "reward"):
         _check(bool(values[key]), key, values[key], "not empty")
+    quality = config.jpeg.quality
+    _check(1 <= quality <= 100, "jpeg.quality", quality, "in [1, 100]")
     _check(bool(config.lora.targets), "lora.targets", config.lora.targets, "not empty")
     sampler = config.sampler
     _check(0 <= sampler.eta <= 1, "sampler.eta", sampler.eta, "in [0, 1]")

@@ -72,8 +72,7 @@ def load_experiment(config: ConfigDict) -> Experiment:
     sd, params, tokenizer = load_stable_diffusion(config.model, dtype)
     sampler = config.sampler
     sample = make_sampler(sd, sampler.num_steps, sampler.guidance_scale, sampler.eta, config.remat)
-    options = {"aesthetic": {**config.aesthetic.to_dict(), "dtype": dtype}}
-    reward = make_reward(config.reward, tokenizer, options)
+    reward = make_reward(config.reward, tokenizer, _reward_options(config, dtype))
     check_reward(reward, image_shape(sd))
     contexts = encode(sd, params, tokenizer, [config.negative_prompt, *sum(prompts.values(), [])])
     uncond, contexts = contexts[:1], contexts[1:]
@@ -92,6 +91,13 @@ def load_experiment(config: ConfigDict) -> Experiment:
         sample=sample,
         splits=splits,
     )
+
+
+def _reward_options(config: ConfigDict, dtype: jnp.dtype) -> dict[str, dict[str, Any]]:
+    """The arguments of every registered reward's factory."""
+    networks = ("aesthetic", "clip_score", "hps", "pickscore")
+    options = {name: {**config[name].to_dict(), "dtype": dtype} for name in networks}
+    return options | dict.fromkeys(("jpeg_compress", "jpeg_incompress"), config.jpeg.to_dict())
 
 
 def image_shape(sd: StableDiffusion) -> tuple[int, int, int]:

@@ -3,8 +3,9 @@
 Every component is built from its folder's `config.json` and filled from its safetensors.
 """
 
+import contextlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,16 +28,14 @@ EMOJI = "emoji"
 # The file names of diffusers and of transformers, each whole or as the index of its shards.
 _WEIGHTS = ("diffusion_pytorch_model", "model")
 # What a download needs: no pickles, no half-precision or EMA variants beside the weights.
+_TOKENIZER_PATTERNS = ["merges.txt", "tokenizer*.json", "tokenizer/*", "vocab.json"]
 _HUB_PATTERNS = [
     "config.json",
     "*/config.json",
     "model_index.json",
     "preprocessor_config.json",
     "scheduler/scheduler_config.json",
-    "merges.txt",
-    "tokenizer*.json",
-    "tokenizer/*",
-    "vocab.json",
+    *_TOKENIZER_PATTERNS,
     *(
         f"{folder}{stem}{suffix}"
         for folder in ("unet/", "vae/", "text_encoder/", "")
@@ -55,12 +54,13 @@ _CONFIG_CLASSES = {
 _Config = TypeVar("_Config")
 
 
-def resolve_model(model: str | Path) -> Path:
+def resolve_model(model: str | Path, patterns: Sequence[str] = _HUB_PATTERNS) -> Path:
     """The local folder of a model.
 
     Args:
         model: a folder, `emoji` for the model in the package, or a Hugging Face hub id such as
             `owner/name`, which is downloaded (once) through huggingface_hub.
+        patterns: of the files to download.
 
     Raises:
         UserError: there is no such folder and no such hub id, or the hub cannot be reached.
@@ -81,7 +81,7 @@ def resolve_model(model: str | Path) -> Path:
         raise UserError(
             f"{model}: no such folder; a model is a diffusers folder, a hub id or {EMOJI}"
         )
-    return _download(str(model))
+    return _download(str(model), patterns)
 
 
 def load_stable_diffusion(
@@ -125,6 +125,18 @@ def load_stable_diffusion(
     return StableDiffusion(**modules, scheduler=scheduler), params, tokenizer
 
 
+def resolve_clip(model: str | Path) -> Path:
+    """The local folder of a CLIP of transformers, as `resolve_model` finds it."""
+    folder = resolve_model(model)
+    return folder / "clip" if str(model) == EMOJI else folder
+
+
+def resolve_tokenizer(model: str | Path) -> Path:
+    """The local folder of a tokenizer: of its own, of a CLIP, or within a pipeline."""
+    folder = resolve_model(model, _TOKENIZER_PATTERNS)
+    return folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
+
+
 def load_clip(model: str | Path, dtype: Any = jnp.float32) -> tuple[CLIPModel, ParamTree]:
     """Loads a CLIP model of transformers, both towers.
 
@@ -135,10 +147,7 @@ def load_clip(model: str | Path, dtype: Any = jnp.float32) -> tuple[CLIPModel, P
     Raises:
         UserError: a file is missing, not supported or damaged. The message names it.
     """
-    folder = resolve_model(model)
-    if str(model) == EMOJI:
-        folder /= "clip"
-    return load_component(CLIPModel, folder, dtype)
+    return load_component(CLIPModel, resolve_clip(model), dtype)
 
 
 def load_component(
@@ -222,14 +231,36 @@ def _weights_file(folder: Path) -> Path:
     raise UserError(f"{folder}: no weights; a file {wanted} is needed")
 
 
-def _download(model: str) -> Path:
+def download_file(path: str) -> Path:
+    """Downloads (once) OWNER/NAME/FILE from the hub.
+
+    Raises:
+        UserError: it is no such path, or cannot be downloaded.
+    """
+    import huggingface_hub
+
+    owner, _, rest = path.partition("/")
+    name, _, file = rest.partition("/")
+    if not file or path.startswith((".", "/", "~")):
+        raise UserError(f"{path}: no such file; give one, or OWNER/NAME/FILE on the hub")
+    with _naming(path):
+        return Path(huggingface_hub.hf_hub_download(f"{owner}/{name}", file))
+
+
+def _download(model: str, patterns: Sequence[str] = _HUB_PATTERNS) -> Path:
     # The import costs a third of a second, which a local model need not pay.
     import huggingface_hub
 
+    with _naming(model):
+        return Path(huggingface_hub.snapshot_download(model, allow_patterns=list(patterns)))
+
+
+@contextlib.contextmanager
+def _naming(model: str) -> Iterator[None]:
     try:
-        return Path(huggingface_hub.snapshot_download(model, allow_patterns=_HUB_PATTERNS))
+        yield
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"{model}: no such folder, and as a hub id it cannot be downloaded ({reason})"
+            f"{model}: not found here, and cannot be downloaded from the hub ({reason})"
         ) from error

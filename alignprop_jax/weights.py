@@ -8,7 +8,7 @@ tree joined by dots, the leaf renamed to `weight`.
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,36 +117,50 @@ def load_params(abstract: ParamTree, path: str | Path, dtype: Any = np.float32) 
         UserError: a file is absent, truncated or no safetensors file; or a tensor is missing,
             unexpected or of another shape. The message names the tensor, and both shapes.
     """
+    tensors = (pair for file in _shards(Path(path)) for pair in read_safetensors(file))
+    return fill_params(abstract, tensors, path, dtype)
+
+
+def fill_params(
+    abstract: ParamTree,
+    tensors: Iterable[tuple[str, np.ndarray]],
+    source: str | Path,
+    dtype: Any = np.float32,
+) -> ParamTree:
+    """Fills an abstract parameter tree from tensors by name, in torch's layout.
+
+    Returns and raises as `load_params`; `source` is what messages call the origin of the tensors.
+    """
     expected = flatten_dict(abstract)
     paths = {torch_name(keys): keys for keys in expected}
     leaves = {}
     unexpected = []
-    for file in _shards(Path(path)):
-        for name, tensor in read_safetensors(file):
-            keys = paths.get(_current_name(name, paths))
-            if keys is not None:
-                leaves[keys] = _convert(file, name, tensor, keys, expected[keys].shape, dtype)
-            elif name.rsplit(".")[-1] not in _BUFFERS:
-                unexpected.append((name, tensor.shape))
+    for name, tensor in tensors:
+        keys = paths.get(_current_name(name, paths))
+        if keys is not None:
+            leaves[keys] = _convert(source, name, tensor, keys, expected[keys].shape, dtype)
+        elif name.rsplit(".")[-1] not in _BUFFERS:
+            unexpected.append((name, tensor.shape))
     missing = [
         (name, _torch_shape(keys, expected[keys].shape))
         for name, keys in paths.items()
         if keys not in leaves
     ]
     if missing:
-        raise UserError(f"{path}: the model needs {_listing(missing)}, missing here")
+        raise UserError(f"{source}: the model needs {_listing(missing)}, missing here")
     if unexpected:
-        raise UserError(f"{path}: the model has no place for {_listing(unexpected)}, found here")
+        raise UserError(f"{source}: the model has no place for {_listing(unexpected)}, found here")
     return unflatten_dict(leaves)
 
 
 def _convert(
-    file: Path, name: str, tensor: np.ndarray, keys: Sequence[str], shape: tuple, dtype: Any
+    source: str | Path, name: str, tensor: np.ndarray, keys: Sequence[str], shape: tuple, dtype: Any
 ) -> jax.Array:
     wanted = _torch_shape(keys, shape)
     if tensor.shape != wanted:
         raise UserError(
-            f"{file}: tensor {name} has shape {list(tensor.shape)}, the model needs {list(wanted)}"
+            f"{source}: tensor {name} has shape {list(tensor.shape)}, "
+            f"the model needs {list(wanted)}"
         )
     return jax.numpy.asarray(from_torch_layout(keys, tensor), dtype)
 

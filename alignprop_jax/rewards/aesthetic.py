@@ -12,14 +12,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from alignprop_jax.errors import UserError
-from alignprop_jax.pretrained import load_clip, resolve_model
+from alignprop_jax.pretrained import ASSETS, load_clip, resolve_clip
 from alignprop_jax.rewards.base import Reward, no_prompt_inputs
+from alignprop_jax.rewards.clip_similarity import image_params
 from alignprop_jax.rewards.preprocess import CLIPPreprocessor
 from alignprop_jax.rewards.registry import register
-from alignprop_jax.weights import read_safetensors
+from alignprop_jax.torch_file import read_tensors
 
-# What get_image_features needs; the text tower is as large as the rest.
-_IMAGE_PARAMS = ("vision_model", "visual_projection", "logit_scale")
+LAION_HEAD = ASSETS / "laion" / "aesthetic_head_vit_l_14.safetensors"
 
 Head = Sequence[dict[str, Float[Array, "..."]]]
 
@@ -32,15 +32,15 @@ def make_aesthetic_reward(
 
     Args:
         clip: the folder or hub id of a transformers CLIPModel, or "emoji".
-        head: a safetensors file, see `load_head`; empty for `aesthetic_head.safetensors` beside the
-            CLIP folder.
+        head: a file for `load_head`; empty for `aesthetic_head.safetensors` beside the CLIP folder
+            or, where there is none, for LAION's on OpenAI's ViT-L/14, which ships with the package.
         dtype: of CLIP's weights and activations. The head stays in float32.
 
     Raises:
         UserError: weights are missing or do not fit together.
     """
-    folder = resolve_model("emoji") / "clip" if clip == "emoji" else resolve_model(clip)
-    head_path = Path(head) if head else folder.parent / "aesthetic_head.safetensors"
+    folder = resolve_clip(clip)
+    head_path = Path(head) if head else _find_head(folder)
     preprocess = CLIPPreprocessor.from_folder(folder)
     model, clip_params = load_clip(folder, dtype)
     layers = load_head(head_path)
@@ -57,8 +57,13 @@ def make_aesthetic_reward(
         )
         return apply_head(params["head"], embedding.astype(jnp.float32))
 
-    image_params = {name: clip_params[name] for name in _IMAGE_PARAMS}
-    return Reward("aesthetic", {"clip": image_params, "head": layers}, score, no_prompt_inputs)
+    reward_params = {"clip": image_params(clip_params), "head": layers}
+    return Reward("aesthetic", reward_params, score, no_prompt_inputs)
+
+
+def _find_head(clip: Path) -> Path:
+    beside = clip.parent / "aesthetic_head.safetensors"
+    return beside if beside.exists() else LAION_HEAD
 
 
 def apply_head(layers: Head, embedding: Float[Array, "b p"]) -> Float[Array, " b"]:
@@ -72,12 +77,15 @@ def apply_head(layers: Head, embedding: Float[Array, "b p"]) -> Float[Array, " b
 def load_head(path: str | Path) -> Head:
     """Reads `layers.N.weight` [out, in] and `layers.N.bias` [out], in the order of N.
 
+    Args:
+        path: a safetensors file, or a `.pth` as LAION publishes it.
+
     Raises:
         UserError: the file is absent or truncated, a tensor has another name or no partner, or the
             widths are no chain that ends in 1.
     """
     found: dict[int, dict[str, Array]] = {}
-    for name, tensor in read_safetensors(path):
+    for name, tensor in read_tensors(path):
         match = re.fullmatch(r"layers\.(\d+)\.(weight|bias)", name)
         if match is None:
             raise UserError(f"{path}: tensor {name} is not named layers.N.weight or layers.N.bias")

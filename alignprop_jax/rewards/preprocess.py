@@ -10,6 +10,9 @@ from jaxtyping import Array, Float
 
 from alignprop_jax.errors import UserError
 
+# Of the images CLIP was trained on (github.com/openai/CLIP), by channel.
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 _BICUBIC = 3  # PIL's number, which preprocessor_config.json holds
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,9 @@ import pytest
 
 from alignprop_jax.errors import UserError
 from alignprop_jax.rewards import check_reward, make_reward
-from alignprop_jax.rewards.aesthetic import load_head
-from alignprop_jax.weights import write_safetensors
+from alignprop_jax.rewards.aesthetic import LAION_HEAD, apply_head, load_head
+from alignprop_jax.weights import read_safetensors, write_safetensors
+from tests.torch_pipeline import torch, transformers
 
 WIDTHS = [12, 10, 8, 6, 4, 1]
 NUMBERS = [0, 2, 4, 6, 7]  # the others are dropout layers in LAION's file
@@ -26,58 +28,71 @@ def head_tensors(widths=WIDTHS, numbers=NUMBERS):
     return {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A CLIP folder with random weights, and a head beside it."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+def write_clip(folder, vision, image_size, projection_dim):
+    """A CLIP of transformers with random weights."""
     torch.manual_seed(0)
-    tower = {
+    text = {
         "hidden_size": 16,
         "intermediate_size": 32,
         "num_hidden_layers": 1,
         "num_attention_heads": 2,
+        "vocab_size": 20,
+        "max_position_embeddings": 8,
     }
+    vision = {**vision, "image_size": image_size}
     config = transformers.CLIPConfig(
-        text_config={**tower, "vocab_size": 20, "max_position_embeddings": 8},
-        vision_config={**tower, "image_size": 16, "patch_size": 8},
-        projection_dim=WIDTHS[0],
+        text_config=text, vision_config=vision, projection_dim=projection_dim
     )
-    root = tmp_path_factory.mktemp("models")
-    transformers.CLIPModel(config).save_pretrained(root / "clip")
+    transformers.CLIPModel(config).save_pretrained(folder)
     processor = {
-        "size": 16,
-        "crop_size": 16,
+        "size": image_size,
+        "crop_size": image_size,
         "image_mean": [0.4, 0.5, 0.6],
         "image_std": [0.2, 0.3, 0.4],
     }
-    (root / "clip" / "preprocessor_config.json").write_text(json.dumps(processor))
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A CLIP folder with random weights, and a head beside it."""
+    root = tmp_path_factory.mktemp("models")
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "patch_size": 8,
+    }
+    write_clip(root / "clip", vision, 16, WIDTHS[0])
     write_safetensors(head_tensors(), root / "aesthetic_head.safetensors")
     return root
 
 
+def make_aesthetic(clip, head=""):
+    return make_reward("aesthetic", None, {"aesthetic": {"clip": str(clip), "head": str(head)}})
+
+
 @pytest.fixture(scope="module")
 def reward(folder):
-    options = {"aesthetic": {"clip": str(folder / "clip"), "head": ""}}
-    return make_reward("aesthetic", tokenizer=None, options=options)
+    return make_aesthetic(folder / "clip")
 
 
-def test_score_and_gradient_are_pytorchs(folder, reward):
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    images = np.random.default_rng(1).uniform(size=(3, 32, 32, 3)).astype(np.float32)
-
-    clip = transformers.CLIPModel.from_pretrained(folder / "clip")
+def assert_parity(reward, clip_folder, head, image_size):
+    """With the head's tensors by name, in PyTorch."""
+    shape = (3, 2 * image_size, 2 * image_size, 3)
+    images = np.random.default_rng(1).uniform(size=shape).astype(np.float32)
+    clip = transformers.CLIPModel.from_pretrained(clip_folder)
     pixels = torch.tensor(images.transpose(0, 3, 1, 2), requires_grad=True)
     mean, std = (torch.tensor(v).reshape(3, 1, 1) for v in ([0.4, 0.5, 0.6], [0.2, 0.3, 0.4]))
-    resized = torch.nn.functional.interpolate(pixels, (16, 16), mode="bicubic", antialias=True)
+    resized = torch.nn.functional.interpolate(
+        pixels, (image_size, image_size), mode="bicubic", antialias=True
+    )
     pooled = clip.vision_model((resized - mean) / std).pooler_output
     x = torch.nn.functional.normalize(clip.visual_projection(pooled), dim=-1)
-    tensors = {name: torch.tensor(value) for name, value in head_tensors().items()}
     for n in NUMBERS:
-        x = torch.nn.functional.linear(
-            x, tensors[f"layers.{n}.weight"], tensors[f"layers.{n}.bias"]
-        )
+        weight, bias = (torch.tensor(head[f"layers.{n}.{leaf}"]) for leaf in ("weight", "bias"))
+        x = torch.nn.functional.linear(x, weight, bias)
     x.sum().backward()
 
     inputs = reward.prepare(["a cat"] * 3)
@@ -89,6 +104,37 @@ def test_score_and_gradient_are_pytorchs(folder, reward):
     )
     expected = pixels.grad.numpy().transpose(0, 2, 3, 1)
     np.testing.assert_allclose(gradient, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+
+def test_score_and_gradient_are_pytorchs(folder, reward):
+    assert_parity(reward, folder / "clip", head_tensors(), 16)
+
+
+@pytest.mark.full_size
+def test_laions_predictor_on_vit_l_14_is_pytorchs(tmp_path):
+    """The weights of CLIP are random, the head is the real one."""
+    vision = {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "patch_size": 14,
+    }
+    write_clip(tmp_path / "clip", vision, 224, 768)
+    reward = make_aesthetic(tmp_path / "clip")
+    assert_parity(reward, tmp_path / "clip", dict(read_safetensors(LAION_HEAD)), 224)
+
+
+def test_laions_head_is_for_any_clip_without_its_own(folder, tmp_path):
+    shutil.copytree(folder / "clip", tmp_path / "clip")
+    message = (
+        "aesthetic_head_vit_l_14.safetensors: takes embeddings of 768, the CLIP in .* gives 12"
+    )
+    with pytest.raises(UserError, match=message):
+        make_aesthetic(tmp_path / "clip")
+    # A score of 5.5 or so: LAION's raters gave 1 to 10.
+    embedding = np.random.default_rng(0).standard_normal((64, 768)).astype(np.float32)
+    assert 3 < float(apply_head(load_head(LAION_HEAD), embedding).mean()) < 7
 
 
 def test_needs_no_text_tower(reward):
@@ -117,9 +163,8 @@ def test_head_of_another_shape(tmp_path, tensors, message):
 
 def test_head_for_another_clip(tmp_path, folder):
     write_safetensors(head_tensors([7, 1], [0]), tmp_path / "head.safetensors")
-    options = {"clip": str(folder / "clip"), "head": str(tmp_path / "head.safetensors")}
     with pytest.raises(UserError, match="takes embeddings of 7, the CLIP in .* gives 12"):
-        make_reward("aesthetic", tokenizer=None, options={"aesthetic": options})
+        make_aesthetic(folder / "clip", tmp_path / "head.safetensors")
 
 
 def test_head_is_read_in_the_order_of_its_numbers(tmp_path):

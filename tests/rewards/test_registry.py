@@ -95,7 +95,7 @@ def test_bad_function_is_named(tmp_path, expression, message):
 @pytest.mark.parametrize(
     "spec, message",
     [
-        ("asthetic", "reward 'asthetic' not found; give aesthetic or path/to/file.py:function"),
+        ("asthetic", "reward 'asthetic' not found; give aesthetic, .* or path/to/file.py:function"),
         ("missing.py:score", "no file 'missing.py'"),
         ({"aesthetic": "much"}, "weight of reward 'aesthetic' must be a number"),
         ({}, "needs one at least"),

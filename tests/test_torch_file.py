@@ -1,0 +1,61 @@
+"""State dicts written by torch.save."""
+
+import sys
+
+import numpy as np
+import pytest
+
+from alignprop_jax.errors import UserError
+from alignprop_jax.torch_file import read_tensors
+from tests.torch_pipeline import torch
+
+
+def assert_holds(path, tensors):
+    actual = dict(read_tensors(path))
+    assert list(actual) == list(tensors)
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(actual[name], tensor.detach().float().numpy())
+
+
+def test_a_module_and_a_training_script_are_read(tmp_path):
+    module = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2)).bfloat16()
+    torch.save(module.state_dict(), tmp_path / "module.pth")
+    assert_holds(tmp_path / "module.pth", module.state_dict())
+    parameters = dict(module.named_parameters())
+    torch.save({"epoch": 3, "state_dict": parameters}, tmp_path / "script.pt")
+    assert_holds(tmp_path / "script.pt", parameters)
+
+
+def test_a_file_that_calls_something_is_refused(tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "opened"), "w"))
+
+    torch.save({"state_dict": Payload()}, tmp_path / "model.pt")
+    with pytest.raises(UserError, match="model.pt: cannot be read as a checkpoint of PyTorch"):
+        list(read_tensors(tmp_path / "model.pt"))
+    assert not (tmp_path / "opened").exists()
+
+
+@pytest.mark.parametrize("content", [{"state_dict": {"epoch": 3}}, [1, 2]])
+def test_a_file_without_weights_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "model.pt")
+    with pytest.raises(UserError, match="holds no state dict"):
+        list(read_tensors(tmp_path / "model.pt"))
+
+
+def test_a_file_that_is_absent_or_cut_is_named(tmp_path):
+    with pytest.raises(UserError, match="model.pt: no such file"):
+        list(read_tensors(tmp_path / "model.pt"))
+    torch.save({"weight": torch.arange(1000.0)}, tmp_path / "model.pt")
+    content = (tmp_path / "model.pt").read_bytes()
+    (tmp_path / "model.pt").write_bytes(content[:2000])
+    with pytest.raises(UserError, match="model.pt: cannot be read as a checkpoint of PyTorch"):
+        list(read_tensors(tmp_path / "model.pt"))
+
+
+def test_without_pytorch_the_cure_is_named(tmp_path, monkeypatch):
+    torch.save({"weight": torch.ones(1)}, tmp_path / "model.pt")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(UserError, match=r"takes PyTorch to read: pip install 'alignprop_jax\[pic"):
+        list(read_tensors(tmp_path / "model.pt"))
