@@ -26,10 +26,11 @@ def get_config() -> ConfigDict:
 
     vision = config.vision = ConfigDict()
     vision.style_share = 0.5
-    vision.degraded_share = 0.25
-    vision.num_steps = 900
+    vision.degraded_share = 0.35
+    vision.num_steps = 1500
     vision.batch_size = 64
-    vision.learning_rate = 5e-4
+    vision.learning_rate = 2e-3
+    vision.muon = True
 
     head = config.aesthetic_head = ConfigDict()
     head.widths = (128, 128, 64, 32, 16, 1)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from alignprop_jax.pretraining.captions import caption_words
-from alignprop_jax.pretraining.degrade import degrade
+from alignprop_jax.pretraining.degrade import defocus, degrade, melt, smear
 
 WORDS = ("blurry", "faded", "noisy")
 # Every pixel differs from its neighbours as much as can be.
@@ -54,16 +54,43 @@ def test_every_way_is_as_frequent_and_its_word_is_in_the_vocabulary():
         assert drawn.count(word) / 600 == pytest.approx(1 / 3, abs=0.06)
 
 
-def test_blurry_loses_detail_and_keeps_the_mean():
+def blurred(how, image, number=8):
+    return [how(np.random.default_rng(seed), image) for seed in range(number)]
+
+
+def test_defocus_loses_detail_and_keeps_the_mean():
     half = np.zeros((64, 64, 3), np.uint8)
     half[:, 32:] = 255
-    for image in spoilt(CHECKERBOARD, "blurry"):
+    for image in blurred(defocus, CHECKERBOARD):
         assert contrast(image) < 0.02
         assert image.mean() == pytest.approx(CHECKERBOARD.mean(), abs=2)
-    for image in spoilt(half, "blurry"):
+    for image in blurred(defocus, half):
         # A sharp edge becomes a ramp that is several pixels wide.
         grey = (image[32, :, 0] > 25) & (image[32, :, 0] < 230)
         assert 3 <= grey.sum() <= 20
+
+
+def test_smear_makes_a_line_of_a_dot():
+    dot = np.zeros((64, 64, 3), np.uint8)
+    dot[31:33, 31:33] = 255
+    for image in blurred(smear, dot):
+        rows, columns = np.nonzero(image[..., 0] > 8)
+        assert 0.1 * 64 - 3 < np.hypot(np.ptp(rows), np.ptp(columns)) < 0.3 * 64 + 4
+        assert image.sum() == pytest.approx(dot.sum(), rel=0.15)
+        # All of it is near one line through the middle.
+        spread = np.linalg.svd(np.stack([rows, columns]) - 31.5, compute_uv=False)
+        assert spread[1] < 1.2 * len(rows) ** 0.5
+
+
+def test_melt_moves_pixels_smoothly():
+    ramp = np.broadcast_to(4 * np.arange(64, dtype=np.uint8)[None, :, None], (64, 64, 3))
+    for image in blurred(melt, ramp):
+        shift = image[..., 0] / 4 - np.arange(64)
+        inner = shift[8:-8, 8:-8]
+        assert 0.5 < inner.std() and np.abs(inner).max() < 40
+        assert np.abs(np.diff(inner, axis=0)).max() < 4
+    for image in blurred(melt, GREY):
+        np.testing.assert_array_equal(image, GREY)
 
 
 def test_faded_loses_at_least_a_third_of_the_contrast_to_a_bright_wash():
