@@ -2,7 +2,10 @@
 
     python -m alignprop_jax.train --config=configs/emoji.py:aesthetic --workdir=runs/aesthetic
 
-aesthetic: glossy 3D art scores high and flat art low, so the animals turn glossy.
+aesthetic: glossy 3D art scores high and flat art low, so the animals turn glossy; 5 minutes on 2
+    cores. docs/over_optimization.md says how these settings were found.
+jpeg_compress: fewer kB as JPEG at quality 95.
+jpeg_incompress: more of them.
 """
 
 from ml_collections import ConfigDict
@@ -20,18 +23,40 @@ def get_config(variant: str = "aesthetic") -> ConfigDict:
     if variant not in _VARIANTS:
         raise UserError(f"configs/emoji.py has no variant {variant!r}; one of {list(_VARIANTS)}")
     config = default_config()
-    config.sampler.num_steps = 20
-    config.sampler.guidance_scale = 3.0
-    config.truncation.max = 19
+    config.sampler.num_steps = 10
+    config.sampler.guidance_scale = 2.5
+    # Of so few steps all can be trained, and their activations kept.
+    config.truncation.strategy = "full"
+    config.truncation.max = 9
+    config.remat = "none"
     _VARIANTS[variant](config)
     return config
 
 
 def _aesthetic(config: ConfigDict) -> None:
-    config.reward = "aesthetic"
+    # The second part, agreement with the prompt, holds on to the animal.
+    config.reward = {"aesthetic": 1.0, "clip_score": 5.0}
+    config.loss.target = 13.0
+    config.train.num_steps = 44
+    config.train.batch_size = 16
+    config.train.learning_rate = 2.5e-3
+    config.logging.image_every = 11
+
+
+def _jpeg_compress(config: ConfigDict) -> None:
+    config.reward = "jpeg_compress"
+    config.loss.shape = "negative"
     config.train.num_steps = 40
-    config.train.batch_size = 8
     config.logging.image_every = 10
 
 
-_VARIANTS = {"aesthetic": _aesthetic}
+def _jpeg_incompress(config: ConfigDict) -> None:
+    _jpeg_compress(config)
+    config.reward = "jpeg_incompress"
+
+
+_VARIANTS = {
+    "aesthetic": _aesthetic,
+    "jpeg_compress": _jpeg_compress,
+    "jpeg_incompress": _jpeg_incompress,
+}
