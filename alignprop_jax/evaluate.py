@@ -2,9 +2,10 @@
 
     python -m alignprop_jax.evaluate --config=configs/emoji.py:aesthetic --workdir=runs/aesthetic
 
-Without --lora it takes the one that training left in the workdir; --lora=none is the base model.
-The samples have the prompts and the noise of the evaluations in training. DIR/evaluation.json gets
-the scores, DIR/images the pictures.
+Without --lora it takes the one that training left in the workdir; --lora=none is the base model,
+--lora A --lora B --mix 0.3 takes 0.3 A + 0.7 B, and --lora_timesteps=1000:600 has it on in the
+early steps alone. The samples have the prompts and the noise of the evaluations in training.
+DIR/evaluation.json gets the scores, DIR/images the pictures.
 """
 
 from pathlib import Path
@@ -16,27 +17,27 @@ from ml_collections import ConfigDict
 from alignprop_jax.compilation import enable_compilation_cache
 from alignprop_jax.config import define_config_flag, validate
 from alignprop_jax.errors import UserError, run_program
-from alignprop_jax.evaluation import make_evaluator, summarize
+from alignprop_jax.evaluation import make_evaluator, make_judges, summarize
 from alignprop_jax.experiment import load_experiment
 from alignprop_jax.images import columns_for, make_grid
-from alignprop_jax.judges import Scorer, find_judges
-from alignprop_jax.lora_file import load_lora
+from alignprop_jax.judges import Scorer
 from alignprop_jax.metrics import write_json
+from alignprop_jax.mixing import BASE_MODEL, LoraMix, define_lora_flags
 from alignprop_jax.workdir import Workdir
-
-BASE_MODEL = "none"
 
 
 def evaluate(
     config: ConfigDict,
     path: Path,
-    lora_file: str | None,
+    lora: LoraMix,
     scorers: dict[str, Scorer] | None = None,
 ) -> dict[str, Any]:
     """Evaluates every split by the reward and by `scorers`, the judges beside the model by default.
 
+    A `lora` without files is the one that training left in the workdir.
+
     Returns:
-      What evaluation.json holds: the LoRA's file, and by split the number of samples n with mean
+      What evaluation.json holds: which LoRA, and by split the number of samples n with mean
       and standard deviation of every score.
 
     Raises:
@@ -45,17 +46,16 @@ def evaluate(
     validate(config)
     enable_compilation_cache()
     workdir = Workdir(path)
-    lora_file = lora_file or find_lora(workdir)
+    if not lora.files:
+        lora = LoraMix((find_lora(workdir),))
     experiment = load_experiment(config)
-    lora = None
-    if lora_file != BASE_MODEL:
-        lora, _ = load_lora(lora_file, experiment.params["unet"])
+    factors = lora.load(experiment.params["unet"])
     evaluator = make_evaluator(config, experiment)
     if scorers is None:
-        scorers = find_judges(config.model)
-    results: dict[str, Any] = {"lora": lora_file}
+        scorers = make_judges(config)
+    results: dict[str, Any] = {"lora": str(lora)}
     for name, split in experiment.splits.items():
-        evaluation = evaluator.evaluate(lora, split, scorers, f"{name} prompts")
+        evaluation = evaluator.evaluate(factors, split, scorers, f"{name} prompts", lora.timesteps)
         columns = columns_for(len(split.prompts))
         workdir.save_image(
             f"{name}_evaluation", make_grid(evaluation.images, split.prompts, columns)
@@ -91,7 +91,7 @@ def describe(results: dict[str, Any]) -> str:
 if __name__ == "__main__":
     _CONFIG = define_config_flag()
     _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=True)
-    _LORA = flags.DEFINE_string("lora", None, "LoRA file, or none for the base model")
+    _read_lora = define_lora_flags()
     run_program(
-        lambda argv: print(describe(evaluate(_CONFIG.value, Path(_WORKDIR.value), _LORA.value)))
+        lambda argv: print(describe(evaluate(_CONFIG.value, Path(_WORKDIR.value), _read_lora())))
     )

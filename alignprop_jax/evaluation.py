@@ -1,5 +1,6 @@
 """Scores of a fixed set of samples: the same prompts and the same noise whenever it is asked."""
 
+import collections
 import dataclasses
 import functools
 import math
@@ -11,8 +12,9 @@ from ml_collections import ConfigDict
 
 from alignprop_jax import sharding
 from alignprop_jax.experiment import Experiment, Split, make_keys
+from alignprop_jax.file_size import jpeg_kilobytes
 from alignprop_jax.images import to_uint8
-from alignprop_jax.judges import Scorer
+from alignprop_jax.judges import Scorer, find_judges
 from alignprop_jax.progress import progress_bar
 
 
@@ -45,7 +47,12 @@ class Evaluator:
         self._batch_size = batch_size
         self._rows_sharding = sharding.over_batch(experiment.mesh)
         self._sample = jax.jit(functools.partial(self._sample_rows, key))
-        self._score_reward = jax.jit(experiment.reward.score)
+        reward = experiment.reward
+        scores = {"reward": reward.score}
+        scores |= {f"reward/{name}": part for name, part in reward.parts.items()}
+        self._score_rewards = jax.jit(
+            lambda *arguments: {name: score(*arguments) for name, score in scores.items()}
+        )
 
     def evaluate(
         self,
@@ -53,23 +60,37 @@ class Evaluator:
         split: Split,
         scorers: dict[str, Scorer] | None = None,
         description: str = "evaluating",
+        lora_timesteps: tuple[int, int] | None = None,
     ) -> Evaluation:
-        """Samples every prompt of a split; "reward" is scored besides what `scorers` name.
+        """Samples every prompt of a split and scores the samples.
 
-        The LoRA has its scale folded in; None is the base model.
+        Args:
+            lora: with its scale folded in; None is the base model.
+            split: the prompts.
+            scorers: what judges the samples, by name, besides the reward.
+            description: of the progress bar.
+            lora_timesteps: the highest and the lowest timestep at which the LoRA is on, both
+                included; None for all.
+
+        Returns:
+            The scores: "reward", "reward/NAME" for each part of a sum of rewards, and those of
+            `scorers`.
         """
         number = len(split.prompts)
         # All prompts once before any of them again.
         rows = np.arange(number * self._samples_per_prompt)
         prompts = rows % number
-        scores: dict[str, list[np.ndarray]] = {name: [] for name in ("reward", *(scorers or {}))}
+        scores = collections.defaultdict(list)
         first_samples = []
         with progress_bar(len(rows), description, "image", leave=False) as progress:
             for start in range(0, len(rows), self._batch_size):
                 batch = slice(start, min(start + self._batch_size, len(rows)))
                 size = batch.stop - batch.start
-                images, rewards = self._sample_and_score(lora, split, prompts[batch], rows[batch])
-                scores["reward"].append(rewards[:size])
+                images, rewards = self._sample_and_score(
+                    lora, split, prompts[batch], rows[batch], lora_timesteps
+                )
+                for name, values in rewards.items():
+                    scores[name].append(values[:size])
                 texts = [split.prompts[index] for index in prompts[batch]]
                 for name, scorer in (scorers or {}).items():
                     scores[name].append(np.asarray(scorer(images[:size], texts)))
@@ -87,7 +108,7 @@ class Evaluator:
         images, _ = self._sample_and_score(lora, split, rows, rows)
         return to_uint8(images[: len(rows)]), split.prompts[: len(rows)]
 
-    def _sample_and_score(self, lora, split, prompts, rows):
+    def _sample_and_score(self, lora, split, prompts, rows, lora_timesteps=None):
         """Images and rewards of a batch, which padding completes so that one program serves all."""
         samples = rows // len(split.prompts)
         padding = (0, self._batch_size - len(rows))
@@ -100,12 +121,12 @@ class Evaluator:
             lambda table: table[prompts], (split.table.context, split.table.reward_inputs)
         )
         images = self._sample(
-            experiment.params, lora, context, split.table.uncond, prompts, samples
+            experiment.params, lora, context, split.table.uncond, prompts, samples, lora_timesteps
         )
-        rewards = self._score_reward(experiment.reward.params, images, inputs)
-        return np.asarray(images), np.asarray(rewards)
+        rewards = self._score_rewards(experiment.reward.params, images, inputs)
+        return np.asarray(images), jax.tree.map(np.asarray, rewards)
 
-    def _sample_rows(self, key, params, lora, context, uncond, prompts, samples):
+    def _sample_rows(self, key, params, lora, context, uncond, prompts, samples, lora_timesteps):
         def draw(prompt, sample):
             noise_key, sampler_key = jax.random.split(
                 jax.random.fold_in(jax.random.fold_in(key, prompt), sample)
@@ -114,7 +135,15 @@ class Evaluator:
             return jax.random.normal(noise_key, latent_shape), sampler_key
 
         latents, sampler_keys = jax.vmap(draw)(prompts, samples)
-        return self._experiment.sample(params, lora, latents, context, uncond, sampler_keys)
+        return self._experiment.sample(
+            params,
+            lora,
+            latents,
+            context,
+            uncond,
+            sampler_keys,
+            lora_timesteps=lora_timesteps,
+        )
 
 
 def make_evaluator(config: ConfigDict, experiment: Experiment) -> Evaluator:
@@ -127,6 +156,18 @@ def make_evaluator(config: ConfigDict, experiment: Experiment) -> Evaluator:
     )
 
 
+def make_judges(config: ConfigDict) -> dict[str, Scorer]:
+    """Loads what judges the samples of a config besides its reward, by name.
+
+    Those of its model (see `judges.load_judges`), and "jpeg_kb" for a reward on the size of files.
+    """
+    judges = find_judges(config.model)
+    rewards = [config.reward] if isinstance(config.reward, str) else list(config.reward)
+    if any(name.startswith("jpeg_") for name in rewards):
+        judges["jpeg_kb"] = jpeg_kilobytes(config.jpeg.quality)
+    return judges
+
+
 def summarize(evaluation: Evaluation) -> dict[str, float]:
     """The number of samples n, and NAME_mean and NAME_std of every score.
 
@@ -134,7 +175,7 @@ def summarize(evaluation: Evaluation) -> dict[str, float]:
     """
     summary: dict[str, float] = {"n": len(evaluation.scores["reward"])}
     for name, scores in evaluation.scores.items():
-        if name != "reward":
+        if name.partition("/")[0] != "reward":
             scores = scores[~np.isnan(scores)]
         scores = scores.astype(np.float64)
         summary[f"{name}_mean"] = float(scores.mean()) if scores.size else math.nan

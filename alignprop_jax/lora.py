@@ -78,6 +78,27 @@ def scale_lora(lora: LoraTree, scale: float | Array) -> LoraTree:
     )
 
 
+def mix_loras(alpha: float | Array, a: LoraTree, b: LoraTree | None = None) -> LoraTree:
+    """The LoRA whose change of the weights is alpha times that of `a`, plus 1 - alpha that of `b`.
+
+    It is the change that is mixed, down up, and exactly: at a layer, the factors of both stand side
+    by side, so that ranks add up. Ranks, scales and adapted layers may differ. Factors that were
+    mixed one by one would multiply to cross terms of one LoRA's down with the other's up, which
+    mean nothing: (down R, inverse(R) up) is the same LoRA for every R. PEFT, and diffusers'
+    `set_adapters(["a", "b"], [alpha, 1 - alpha])`, mix the change too.
+
+    Args:
+        alpha: the share of `a`, in [0, 1]. Shapes do not depend on it.
+        a: factors with their scale folded in.
+        b: the same for the other LoRA; None for no change.
+    """
+    mixed = flatten_dict(scale_lora(a, alpha))
+    for path, leaf in flatten_dict(scale_lora(b or {}, 1 - alpha)).items():
+        rank_axis = 1 if path[-1] == "down" else 0
+        mixed[path] = jnp.concatenate([mixed[path], leaf], rank_axis) if path in mixed else leaf
+    return unflatten_dict(mixed)
+
+
 def merge_lora(params: Mapping[str, Any], lora: LoraTree, scale: float = 1.0) -> Mapping[str, Any]:
     """The parameters with W + scale * down up for each adapted W, for use without factors.
 

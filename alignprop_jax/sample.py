@@ -4,7 +4,8 @@
 
 --output is a folder of PNGs, or a .npy file of float32 [B, H, W, 3] in [0, 1]. --latents takes the
 noise from a .npy file of float32 [B, C, h, w], diffusers' layout, so that another program can be
-given the same.
+given the same. --lora adds a LoRA, --lora A --lora B --mix 0.3 takes 0.3 A + 0.7 B, and
+--lora_timesteps=1000:600 has it on in the early steps alone.
 """
 
 from pathlib import Path
@@ -19,7 +20,7 @@ from alignprop_jax.compilation import enable_compilation_cache
 from alignprop_jax.errors import UserError, run_program
 from alignprop_jax.experiment import encode
 from alignprop_jax.images import save_images
-from alignprop_jax.lora_file import load_lora
+from alignprop_jax.mixing import NO_LORA, LoraMix, define_lora_flags
 from alignprop_jax.pretrained import load_stable_diffusion
 from alignprop_jax.progress import progress_bar
 from alignprop_jax.prompts import load_prompts
@@ -30,7 +31,7 @@ def sample(
     model: str,
     prompts: list[str],
     *,
-    lora: str | None = None,
+    lora: LoraMix = NO_LORA,
     latents: Path | None = None,
     negative_prompt: str = "",
     num_steps: int = 50,
@@ -49,7 +50,7 @@ def sample(
     """
     sd, params, tokenizer = load_stable_diffusion(model)
     run = make_sampler(sd, num_steps, guidance_scale, eta)
-    factors = load_lora(lora, params["unet"])[0] if lora else None
+    factors = lora.load(params["unet"])
     latent_keys, sampler_keys = make_image_keys(seed, len(prompts))
     if latents:
         noise = read_latents(latents, len(prompts), sd.latent_shape)
@@ -65,7 +66,15 @@ def sample(
             # The last batch is filled up with the last image: one compiled program serves all.
             rows = np.minimum(np.arange(start, start + batch_size), len(prompts) - 1)
             context, uncond = encoded[1 + rows], encoded[:1]
-            batch = run(frozen, factors, noise[rows], context, uncond, sampler_keys[rows])
+            batch = run(
+                frozen,
+                factors,
+                noise[rows],
+                context,
+                uncond,
+                sampler_keys[rows],
+                lora_timesteps=lora.timesteps,
+            )
             images.append(np.asarray(batch)[: len(prompts) - start])
             progress.update(len(images[-1]))
     return np.concatenate(images)
@@ -124,7 +133,7 @@ def main(argv: list[str]) -> None:
     images = sample(
         _MODEL.value,
         prompts,
-        lora=_LORA.value,
+        lora=_read_lora(),
         latents=Path(_LATENTS.value) if _LATENTS.value else None,
         negative_prompt=_NEGATIVE_PROMPT.value,
         num_steps=_NUM_STEPS.value,
@@ -148,7 +157,7 @@ if __name__ == "__main__":
         "prompts", None, "text file with one prompt a line, or a built-in list", required=True
     )
     _OUTPUT = flags.DEFINE_string("output", None, "a .npy file or a folder of PNGs", required=True)
-    _LORA = flags.DEFINE_string("lora", None, "LoRA file, of this project, diffusers or PEFT")
+    _read_lora = define_lora_flags()
     _LATENTS = flags.DEFINE_string("latents", None, "noise to start from, .npy [B, C, h, w]")
     _NEGATIVE_PROMPT = flags.DEFINE_string("negative_prompt", "", "what to steer away from")
     _NUM_STEPS = flags.DEFINE_integer("num_steps", 50, "denoising steps", lower_bound=1)

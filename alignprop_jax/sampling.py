@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from alignprop_jax.errors import UserError
+from alignprop_jax.lora import scale_lora
 from alignprop_jax.schedulers import DDIMScheduler
 
 REMAT_POLICIES = ("none", "step")
@@ -127,8 +128,8 @@ def make_sampler(
         remat: "step" to recompute each trained step in the backward pass, "none" to store it.
 
     Returns:
-        `sample(params, lora, latents, context, uncond, key, trained=None) -> images`, a pure
-        function, see there.
+        `sample(params, lora, latents, context, uncond, key, trained=None, lora_timesteps=None)
+        -> images`, a pure function, see there.
 
     Raises:
         UserError: for a setting that the model's scheduler cannot follow.
@@ -160,6 +161,7 @@ def make_sampler(
         uncond: Float[Array, "u l d"],
         key: Key[Array, "*b"],
         trained: Bool[Array, " t"] | None = None,
+        lora_timesteps: tuple[Int[Array, ""], Int[Array, ""]] | None = None,
     ) -> Float[Array, "b H W 3"]:
         """Samples one image for each of the latents.
 
@@ -175,6 +177,8 @@ def make_sampler(
             trained: the steps at which the gradient enters the UNet; None for none. Elsewhere the
                 UNet's output is a constant, while the latents keep their gradient, so that it
                 crosses an untrained step along the linear terms of DDIM.
+            lora_timesteps: the highest and the lowest timestep at which the UNet has the LoRA, both
+                included; None for all. It is data: one compiled program serves every range.
 
         Returns:
             Images in [0, 1].
@@ -189,7 +193,12 @@ def make_sampler(
 
         def step(x_t, inputs):
             index, is_trained, at = inputs
-            output = gated_denoise(is_trained, lora, x_t, (params["unet"], context, at.timesteps))
+            factors = lora
+            if lora_timesteps is not None:
+                high, low = lora_timesteps
+                factors = scale_lora(lora, (low <= at.timesteps) & (at.timesteps <= high))
+            constants = (params["unet"], context, at.timesteps)
+            output = gated_denoise(is_trained, factors, x_t, constants)
             noise = None
             if eta > 0:
                 noise = jax.vmap(

@@ -53,7 +53,7 @@ def describe_result(workdir: Workdir) -> str:
         return " -> ".join("nan" if value is None else f"{value:.3f}" for value in (before, after))
 
     judged = "".join(
-        f"; {judge} {before:.0%} -> {after:.0%}"
+        f"; {judge} {_in_its_unit(judge, before)} -> {_in_its_unit(judge, after)}"
         for judge, (before, after) in judgements(workdir, summary["steps"]).items()
     )
     return (
@@ -63,10 +63,18 @@ def describe_result(workdir: Workdir) -> str:
     )
 
 
+def _in_its_unit(judge: str, value: float) -> str:
+    return f"{value:.2f}" if judge.endswith("_kb") else f"{value:.0%}"
+
+
 def judgements(workdir: Workdir, num_steps: int) -> dict[str, tuple[float, float]]:
     """Returns what every judge said before and after, over the samples of all splits."""
     records = workdir.evaluations.read()
-    means = [name for name in records[0] if name.endswith("_mean") and name != "reward_mean"]
+    means = [
+        name
+        for name in records[0]
+        if name.endswith("_mean") and not name.startswith(("reward_", "reward/"))
+    ]
 
     def over_splits(name: str, step: int) -> float:
         at_step = [record for record in records if record["step"] == step]

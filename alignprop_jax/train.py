@@ -24,9 +24,8 @@ from alignprop_jax.compilation import enable_compilation_cache
 from alignprop_jax.config import define_config_flag, validate
 from alignprop_jax.dashboards import open_dashboards
 from alignprop_jax.errors import UserError, run_program
-from alignprop_jax.evaluation import make_evaluator
+from alignprop_jax.evaluation import make_evaluator, make_judges
 from alignprop_jax.experiment import TRAIN, Experiment, load_experiment, make_keys
-from alignprop_jax.judges import find_judges
 from alignprop_jax.lora import count_parameters, init_lora
 from alignprop_jax.lora_file import save_lora
 from alignprop_jax.losses import make_loss
@@ -138,7 +137,7 @@ def open_reports(
         make_evaluator(config, experiment),
         experiment.splits,
         lora_scale=config.lora.alpha / config.lora.rank,
-        judges=find_judges(config.model),
+        judges=make_judges(config),
     )
 
 
@@ -165,9 +164,7 @@ def compile_train_step(
         experiment.reward,
         make_loss(config.loss.shape, config.loss.target, config.loss.scale),
         optimizer_of(config),
-        functools.partial(
-            Truncation(**config.truncation).draw, num_steps=config.sampler.num_steps
-        ),
+        functools.partial(Truncation(**config.truncation).draw, num_steps=config.sampler.num_steps),
         latent_shape=experiment.sd.latent_shape,
         lora_scale=config.lora.alpha / config.lora.rank,
         batch_size=config.train.batch_size,

@@ -6,7 +6,9 @@ import pytest
 
 from alignprop_jax.config import load_config
 from alignprop_jax.errors import UserError
-from alignprop_jax.evaluate import BASE_MODEL, describe, evaluate
+from alignprop_jax.evaluate import describe, evaluate
+from alignprop_jax.mixing import BASE_MODEL, NO_LORA, LoraMix
+from tests import nano_run
 
 
 @pytest.fixture
@@ -22,7 +24,7 @@ def workdir(finished_run, tmp_path):
 def test_the_exported_lora_scores_what_training_reported(config, workdir):
     summary = json.loads((workdir / "summary.json").read_text())
     brightness = {"brightness": lambda images, prompts: images.mean(axis=(1, 2, 3))}
-    results = evaluate(config, workdir, None, brightness)
+    results = evaluate(config, workdir, NO_LORA, brightness)
     assert results["train"]["n"] == 6 and results["unseen"]["n"] == 2
     np.testing.assert_allclose(results["train"]["reward_mean"], summary["reward_after"], rtol=1e-5)
     np.testing.assert_allclose(results["unseen"]["reward_mean"], summary["unseen_after"], rtol=1e-5)
@@ -36,10 +38,24 @@ def test_the_exported_lora_scores_what_training_reported(config, workdir):
 
 def test_the_base_model_scores_what_training_began_with(config, workdir):
     summary = json.loads((workdir / "summary.json").read_text())
-    results = evaluate(config, workdir, BASE_MODEL, {})
+    results = evaluate(config, workdir, LoraMix((BASE_MODEL,)), {})
     np.testing.assert_allclose(results["train"]["reward_mean"], summary["reward_before"], atol=1e-5)
+
+
+def test_two_loras_in_the_program(nano_config, workdir):
+    """Mixed with itself, a LoRA is what it was; on at no timestep, it is none."""
+    summary = json.loads((workdir / "summary.json").read_text())
+    loras = [f"--lora={workdir / 'lora'}"] * 2
+    for flags, key in (([], "after"), (["--lora_timesteps=1000:1000"], "before")):
+        process = nano_run.run("evaluate", nano_config, workdir, *loras, "--mix=0.25", *flags)
+        assert process.returncode == 0, process.stderr
+        results = json.loads((workdir / "evaluation.json").read_text())
+        expected = [summary[f"reward_{key}"], summary[f"unseen_{key}"]]
+        actual = [results[split]["reward_mean"] for split in ("train", "unseen")]
+        np.testing.assert_allclose(actual, expected, atol=1e-5)
+        assert results["lora"].startswith(f"0.25 {workdir / 'lora'} + 0.75 {workdir / 'lora'}")
 
 
 def test_a_workdir_without_a_lora(config, tmp_path):
     with pytest.raises(UserError, match="no LoRA in .*; train first, or give --lora=FILE"):
-        evaluate(config, tmp_path / "new", None, {})
+        evaluate(config, tmp_path / "new", NO_LORA, {})

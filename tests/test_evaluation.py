@@ -7,8 +7,10 @@ import pytest
 
 from alignprop_jax import sharding
 from alignprop_jax.algorithms.alignprop import PromptTable
-from alignprop_jax.evaluation import Evaluation, Evaluator, summarize
+from alignprop_jax.config import default_config
+from alignprop_jax.evaluation import Evaluation, Evaluator, make_judges, summarize
 from alignprop_jax.experiment import Experiment, Split
+from alignprop_jax.file_size import jpeg_kilobytes
 from alignprop_jax.rewards import Reward
 
 PROMPTS = [f"prompt {number}" for number in range(5)]
@@ -17,15 +19,18 @@ PROMPTS = [f"prompt {number}" for number in range(5)]
 def make_experiment():
     """A sampler whose image is its noise in [0, 1], moved by its prompt's context and the LoRA."""
 
-    def sample(params, lora, latents, context, uncond, keys):
+    def sample(params, lora, latents, context, uncond, keys, lora_timesteps):
         shift = 0.0 if lora is None else lora["shift"]
+        if lora_timesteps is not None:
+            shift *= (lora_timesteps[0] - lora_timesteps[1]) / 1000
         return jax.nn.sigmoid(latents + context.mean(axis=(1, 2)).reshape(-1, 1, 1, 1) + shift)
 
     def score(params, images, inputs):
         return params["weight"] * images.mean(axis=(1, 2, 3)) + inputs[:, 0]
 
     weights = {"weight": jnp.float32(2.0)}
-    reward = Reward("mean", weights, score, lambda prompts: None)
+    parts = {"half": lambda *arguments: 0.5 * score(*arguments)}
+    reward = Reward("mean", weights, score, lambda prompts: None, parts)
     context = jnp.arange(5.0).reshape(5, 1, 1)
     inputs = 100.0 * jnp.arange(5.0).reshape(5, 1)
     table = PromptTable(context, jnp.zeros((1, 1, 1)), inputs)
@@ -91,7 +96,25 @@ def test_scorers_see_every_sample_once_with_its_prompt():
 
     found = evaluate(scorers={"judge": judge})
     assert seen == PROMPTS * 3
-    assert found.scores["judge"].shape == (15,) and found.scores.keys() == {"reward", "judge"}
+    assert found.scores["judge"].shape == (15,)
+    assert found.scores.keys() == {"reward", "reward/half", "judge"}
+
+
+def test_parts_of_a_reward_are_scored_too():
+    scores = evaluate().scores
+    np.testing.assert_allclose(scores["reward/half"], 0.5 * scores["reward"], rtol=1e-6)
+
+
+def test_a_range_of_timesteps_reaches_the_sampler():
+    experiment = make_experiment()
+    evaluator = Evaluator(experiment, jax.random.key(0), samples_per_prompt=1, batch_size=2)
+    split, lora = experiment.splits["train"], {"shift": jnp.float32(5.0)}
+    everywhere, nowhere = (
+        evaluator.evaluate(lora, split, lora_timesteps=timesteps).scores["reward"]
+        for timesteps in ((1000, 0), (1000, 1000))
+    )
+    np.testing.assert_allclose(everywhere, evaluator.evaluate(lora, split).scores["reward"])
+    np.testing.assert_allclose(nowhere, evaluator.evaluate(None, split).scores["reward"])
 
 
 def test_preview_is_the_first_batch():
@@ -116,10 +139,25 @@ def test_summary_is_in_double_precision():
 def test_summary_leaves_out_samples_that_a_judge_has_no_opinion_on():
     scores = {
         "reward": np.array([1.0, np.nan], np.float32),
+        "reward/part": np.array([1.0, np.nan], np.float32),
         "seen": np.array([1.0, np.nan], np.float32),
         "mute": np.array([np.nan, np.nan], np.float32),
     }
     summary = summarize(Evaluation([], scores, np.zeros((0, 8, 8, 3), np.uint8)))
     assert summary["seen_mean"] == 1.0 and summary["seen_std"] == 0.0
     assert np.isnan(summary["mute_mean"])
-    assert np.isnan(summary["reward_mean"])
+    assert np.isnan(summary["reward_mean"]) and np.isnan(summary["reward/part_mean"])
+
+
+def test_a_reward_on_the_size_of_files_is_judged_by_files(tmp_path):
+    config = default_config()
+    assert make_judges(config).keys() == {"recognized", "glossy"}
+    config.model = str(tmp_path)  # a model that no judge is beside
+    config.reward = {"aesthetic": 1.0, "jpeg_compress": 0.5}
+    config.jpeg.quality = 50
+    judges = make_judges(config)
+    assert judges.keys() == {"jpeg_kb"}
+    images = np.random.default_rng(0).uniform(size=(2, 16, 16, 3)).astype(np.float32)
+    np.testing.assert_array_equal(
+        judges["jpeg_kb"](images, []), jpeg_kilobytes(quality=50)(images, [])
+    )

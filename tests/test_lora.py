@@ -7,7 +7,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from alignprop_jax.errors import UserError
-from alignprop_jax.lora import count_parameters, init_lora, merge_lora, scale_lora
+from alignprop_jax.lora import count_parameters, init_lora, merge_lora, mix_loras, scale_lora
 from alignprop_jax.models.layers import Linear
 from alignprop_jax.models.unet import UNet, UNetConfig
 from alignprop_jax.pretrained import abstract_params
@@ -111,6 +111,27 @@ def test_merging_keeps_the_dtype_of_the_weights():
     kernel = merge_lora(params, lora)["layer"]["kernel"]
     assert kernel.dtype == jnp.bfloat16
     np.testing.assert_array_equal(kernel.astype(np.float32), 7.0)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_mixed_factors_change_the_weights_by_the_mixed_change(alpha):
+    """Of two LoRAs with different ranks that share one of their three layers."""
+    rng = np.random.default_rng(0)
+
+    def factors(rank):
+        return {"down": rng.standard_normal((5, rank)), "up": rng.standard_normal((rank, 7))}
+
+    def change(lora, layer):
+        return lora[layer]["down"] @ lora[layer]["up"] if layer in lora else np.zeros((5, 7))
+
+    a, b = {"one": factors(2), "both": factors(2)}, {"both": factors(3), "other": factors(3)}
+    mixed, scaled = mix_loras(alpha, a, b), mix_loras(alpha, a)
+    assert mixed.keys() == a.keys() | b.keys() and scaled.keys() == a.keys()
+    assert mixed["both"]["down"].shape == (5, 5) and mixed["one"]["down"].shape == (5, 2)
+    for layer in mixed:
+        expected = alpha * change(a, layer) + (1 - alpha) * change(b, layer)
+        np.testing.assert_allclose(change(mixed, layer), expected, atol=1e-6)
+        np.testing.assert_allclose(change(scaled, layer), alpha * change(a, layer), atol=1e-6)
 
 
 def test_gradient_crosses_the_scale():

@@ -123,6 +123,26 @@ def test_an_image_does_not_depend_on_its_batch(pipeline, inputs):
     assert np.abs(both[0] - both[1]).max() > 0.1
 
 
+def test_the_lora_is_on_between_two_timesteps_alone(pipeline, inputs, lora):
+    _, sd, params, _ = pipeline
+    sample = jax.jit(make_sampler(sd, NUM_STEPS, GUIDANCE))
+
+    def images(lora, *timesteps):
+        return sample(params, lora, *inputs, jax.random.key(0), lora_timesteps=timesteps or None)
+
+    base, plain = images(None), images(lora)
+    programs = sample._cache_size()
+    np.testing.assert_allclose(images(lora, 1000, 0), plain, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(images(lora, 1000, 1000), base, rtol=0, atol=1e-6)
+    # The steps are at timesteps 751, 501, 251 and 1.
+    early = images(lora, 751, 501)
+    np.testing.assert_array_equal(early, images(lora, 1000, 252))
+    for narrower in (images(lora, 750, 501), images(lora, 751, 502)):
+        assert np.abs(narrower - early).max() > 1e-3
+    assert np.abs(early - plain).max() > 1e-3
+    assert sample._cache_size() == programs + 1
+
+
 def cotangent(images):
     """A fixed linear reward with a different weight for every pixel."""
     rng = np.random.default_rng(5)
