@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from alignprop_jax.errors import UserError
 from alignprop_jax.models.clip import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
+from alignprop_jax.models.owlvit import OwlViT, OwlViTConfig
 from alignprop_jax.models.unet import UNet, UNetConfig
 from alignprop_jax.models.vae import AutoencoderKL, VAEConfig
 from alignprop_jax.prompts import load_tokenizer
@@ -49,6 +50,7 @@ _CONFIG_CLASSES = {
     AutoencoderKL: VAEConfig,
     CLIPTextModel: CLIPTextConfig,
     CLIPModel: CLIPConfig,
+    OwlViT: OwlViTConfig,
 }
 
 _Config = TypeVar("_Config")
@@ -187,7 +189,7 @@ def example_inputs(module: nn.Module) -> tuple[jax.ShapeDtypeStruct, ...]:
             return (images(config.downscale, config.in_channels),)
         case CLIPTextModel():
             return (tokens,)
-        case CLIPModel():
+        case CLIPModel() | OwlViT():
             return tokens, images(config.vision.image_size, 3)
         case _:
             raise TypeError(f"not a model of this package: {type(module).__name__}")

@@ -63,7 +63,7 @@ def group_norm(num_groups: int, epsilon: float, name: str, dtype: jnp.dtype) -> 
     return nn.GroupNorm(num_groups, epsilon=epsilon, dtype=dtype, name=name)
 
 
-def layer_norm(epsilon: float, name: str, dtype: jnp.dtype) -> nn.LayerNorm:
+def layer_norm(epsilon: float, name: str | None, dtype: jnp.dtype) -> nn.LayerNorm:
     """LayerNorm with statistics in float32 whatever the compute dtype."""
     return nn.LayerNorm(epsilon=epsilon, dtype=dtype, name=name)
 
