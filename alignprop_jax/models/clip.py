@@ -138,19 +138,15 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The layers of a tower; with `remat`, the backward pass keeps only the input of each."""
-
     config: TransformerConfig
     dtype: jnp.dtype = jnp.float32
-    remat: bool = False
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "b l d"], mask: Bool[Array, "l l"] | None = None
     ) -> Float[Array, "b l d"]:
-        layer = nn.remat(EncoderLayer) if self.remat else EncoderLayer
         for i in range(self.config.num_layers):
-            x = layer(self.config, self.dtype, name=f"layers.{i}")(x, mask)
+            x = EncoderLayer(self.config, self.dtype, name=f"layers.{i}")(x, mask)
         return x
 
 

@@ -80,8 +80,7 @@ class VisionTower(nn.Module):
         epsilon = self.config.layer_norm_eps
         x = VisionEmbeddings(self.config, self.dtype, name="embeddings")(pixel_values)
         x = layer_norm(epsilon, "pre_layernorm", self.dtype)(x)
-        # Stored, the attention weights of 3,601 tokens would take 0.6 GB a layer and image.
-        x = Encoder(self.config, self.dtype, remat=True, name="encoder")(x)
+        x = Encoder(self.config, self.dtype, name="encoder")(x)
         return layer_norm(epsilon, "post_layernorm", self.dtype)(x)
 
 

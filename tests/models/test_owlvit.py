@@ -143,7 +143,9 @@ def test_base_sizes_equal_transformers(tmp_path, model_type, vision):
     # Of unit norm together, so that the gradient of a pixel is near one.
     norm = np.sqrt(sum(np.sum(w**2) for w in weights))
     weights = [w / norm for w in weights]
-    torch.autograd.backward(expected, [torch.tensor(w) for w in weights])
+    # transformers detaches what objectness is read from.
+    tracked = [(x, torch.tensor(w)) for x, w in zip(expected, weights, strict=True) if x.grad_fn]
+    torch.autograd.backward(*zip(*tracked, strict=True))
 
     @jax.jit
     def outputs_and_gradient(params, images):
