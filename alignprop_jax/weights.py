@@ -82,8 +82,12 @@ def write_safetensors(
     partial = path.with_name(f"{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        partial.touch()
+        usual_mode = partial.stat().st_mode
         # transformers refuses a file whose header does not name the framework.
         save_file(contiguous, partial, metadata={"format": "pt", **(metadata or {})})
+        # safetensors leaves a file that its owner alone can read.
+        partial.chmod(usual_mode)
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be written ({error})") from error
