@@ -2,15 +2,18 @@ import numpy as np
 import pytest
 
 from alignprop_jax.errors import UserError
-from alignprop_jax.prompts import ANIMALS, ANIMALS_UNSEEN, load_prompts, load_tokenizer, tokenize
+from alignprop_jax.prompts import load_prompts, load_tokenizer, tokenize
 
 
-def test_built_in_lists():
-    animals, unseen = load_prompts("animals"), load_prompts("animals_unseen")
-    assert len(set(animals)) == len(ANIMALS) == 45
-    assert len(set(unseen)) == len(ANIMALS_UNSEEN) == 6
-    assert not set(animals) & set(unseen)
-    assert animals[0] == "a cat" and "an ant" in animals and unseen[-1] == "an octopus"
+def test_built_in_list():
+    assert load_prompts("animals_unseen") == [
+        "a snail",
+        "a hippopotamus",
+        "a cheetah",
+        "a crocodile",
+        "a lobster",
+        "an octopus",
+    ]
 
 
 def test_a_file_has_one_prompt_a_line(tmp_path):
