@@ -133,6 +133,12 @@ def resolve_clip(model: str | Path) -> Path:
     return folder / "clip" if str(model) == EMOJI else folder
 
 
+def resolve_detector(model: str | Path) -> Path:
+    """The local folder of an OWL-ViT or OWLv2 of transformers, as `resolve_model` finds it."""
+    folder = resolve_model(model)
+    return folder / "detector" if str(model) == EMOJI else folder
+
+
 def resolve_tokenizer(model: str | Path) -> Path:
     """The local folder of a tokenizer: of its own, of a CLIP, or within a pipeline."""
     folder = resolve_model(model, _TOKENIZER_PATTERNS)

@@ -2,8 +2,10 @@
 
 from alignprop_jax.rewards import aesthetic as aesthetic  # each registers itself
 from alignprop_jax.rewards import clip_similarity as clip_similarity
+from alignprop_jax.rewards import count as count
 from alignprop_jax.rewards import hps as hps
 from alignprop_jax.rewards import jpeg as jpeg
+from alignprop_jax.rewards import remove as remove
 from alignprop_jax.rewards.base import Reward, check_reward
 from alignprop_jax.rewards.registry import make_reward, register
 

@@ -1,4 +1,4 @@
-"""CLIP preprocessing against PyTorch's resize and transformers' image processor."""
+"""Preprocessing against PyTorch's resize and transformers' image processor."""
 
 import json
 
@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 
 from alignprop_jax.errors import UserError
-from alignprop_jax.rewards.preprocess import CLIPPreprocessor, crop_middle, resize_shorter_edge
+from alignprop_jax.rewards.preprocess import (
+    CLIPPreprocessor,
+    OwlPreprocessor,
+    crop_middle,
+    resize_shorter_edge,
+)
 
 CONFIG = {
     "size": {"shortest_edge": 24},
@@ -85,6 +90,41 @@ def test_crop_of_an_odd_rest():
 def test_unsupported_config(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         CLIPPreprocessor.from_folder(write_config(tmp_path, **changes))
+
+
+OWL_CONFIG = {**CONFIG, "size": {"height": 24, "width": 24}, "do_center_crop": False}
+
+
+@pytest.mark.parametrize("height, width", [(24, 24), (50, 40), (20, 16)])
+def test_stretches_as_transformers_for_owlvit(tmp_path, height, width):
+    transformers = pytest.importorskip("transformers")
+    pixels = np.random.default_rng(1).integers(60, 196, size=(height, width, 3), dtype=np.uint8)
+    processor = transformers.OwlViTImageProcessorPil(**OWL_CONFIG)
+    expected = processor(pixels, return_tensors="np")["pixel_values"].transpose(0, 2, 3, 1)
+    preprocess = OwlPreprocessor.from_folder(write_config(tmp_path, **OWL_CONFIG), pads=False)
+    actual = preprocess(jnp.asarray(pixels[None], jnp.float32) / 255)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1 / 255 / 0.26)
+
+
+@pytest.mark.parametrize("height, width", [(24, 24), (16, 16), (12, 20)])
+def test_pads_as_transformers_for_owlv2(tmp_path, height, width):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("scipy")
+    pixels = np.random.default_rng(1).integers(60, 196, size=(height, width, 3), dtype=np.uint8)
+    config = {**OWL_CONFIG, "resample": 2}
+    processor = transformers.Owlv2ImageProcessorPil(**config)
+    expected = processor(pixels, return_tensors="np")["pixel_values"].transpose(0, 2, 3, 1)
+    preprocess = OwlPreprocessor.from_folder(write_config(tmp_path, **config), pads=True)
+    actual = preprocess(jnp.asarray(pixels[None], jnp.float32) / 255)
+    # Transformers mirrors the picture at its edge, where we extend it.
+    inner = (slice(None), slice(1, -1), slice(1, -1))
+    np.testing.assert_allclose(actual[inner], expected[inner], rtol=0, atol=1e-5)
+
+
+def test_detectors_that_crop_are_refused(tmp_path):
+    folder = write_config(tmp_path, **{**OWL_CONFIG, "do_center_crop": True})
+    with pytest.raises(UserError, match="do_center_crop=true"):
+        OwlPreprocessor.from_folder(folder, pads=False)
 
 
 def test_missing_config(tmp_path):
