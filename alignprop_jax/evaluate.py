@@ -23,6 +23,7 @@ from alignprop_jax.images import columns_for, make_grid
 from alignprop_jax.judges import Scorer
 from alignprop_jax.metrics import write_json
 from alignprop_jax.mixing import BASE_MODEL, LoraMix, define_lora_flags
+from alignprop_jax.standardization import standardize_parts
 from alignprop_jax.workdir import Workdir
 
 
@@ -50,7 +51,7 @@ def evaluate(
         lora = LoraMix((find_lora(workdir),))
     experiment = load_experiment(config)
     factors = lora.load(experiment.params["unet"])
-    evaluator = make_evaluator(config, experiment)
+    evaluator = standardize_parts(make_evaluator(config, experiment), workdir)
     if scorers is None:
         scorers = make_judges(config)
     results: dict[str, Any] = {"lora": str(lora)}

@@ -29,6 +29,7 @@ from alignprop_jax.lora_file import load_lora
 from alignprop_jax.metrics import JsonLines, Record
 from alignprop_jax.mixing import LoraMix, parse_timesteps
 from alignprop_jax.progress import progress_bar
+from alignprop_jax.standardization import standardize_parts
 from alignprop_jax.sweep_page import MOST_PICTURES, write_page
 from alignprop_jax.workdir import Workdir
 
@@ -69,7 +70,7 @@ def sweep(
     workdir = Workdir(path)
     experiment = load_experiment(config)
     loras = [load_lora(file, experiment.params["unet"])[0] for file in files]
-    evaluator = make_evaluator(config, experiment)
+    evaluator = standardize_parts(make_evaluator(config, experiment), workdir)
     if scorers is None:
         scorers = make_judges(config)
     split = experiment.splits[UNSEEN]

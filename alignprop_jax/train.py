@@ -24,7 +24,7 @@ from alignprop_jax.compilation import enable_compilation_cache
 from alignprop_jax.config import define_config_flag, validate
 from alignprop_jax.dashboards import open_dashboards
 from alignprop_jax.errors import UserError, run_program
-from alignprop_jax.evaluation import make_evaluator, make_judges
+from alignprop_jax.evaluation import Evaluator, make_evaluator, make_judges
 from alignprop_jax.experiment import TRAIN, Experiment, load_experiment, make_keys
 from alignprop_jax.lora import count_parameters, init_lora
 from alignprop_jax.lora_file import save_lora
@@ -32,6 +32,7 @@ from alignprop_jax.losses import make_loss
 from alignprop_jax.metrics import Record
 from alignprop_jax.progress import progress_bar
 from alignprop_jax.reports import Reports
+from alignprop_jax.standardization import standardize_parts
 from alignprop_jax.state import TrainState, create_train_state
 from alignprop_jax.summary import describe_result, seconds_of_steps, summarize
 from alignprop_jax.truncation import Truncation
@@ -56,7 +57,8 @@ def train(config: ConfigDict, path: Path) -> None:
     validate(config)
     enable_compilation_cache()
     workdir = Workdir(path)
-    experiment = load_experiment(config)
+    evaluator = make_evaluator(config, load_experiment(config))
+    experiment = evaluator.experiment
     state = create_state(config, experiment)
     with contextlib.closing(open_checkpoints(config, workdir, experiment, state)) as checkpoints:
         resumed = checkpoints.latest_step is not None
@@ -75,7 +77,9 @@ def train(config: ConfigDict, path: Path) -> None:
         workdir.rewind(first_step if resumed else -1)
         for change in workdir.save_config(config):
             print(f"changed since this run began: {change}")
-        with contextlib.closing(open_reports(config, workdir, experiment, first_step)) as reports:
+        evaluator = standardize_parts(evaluator, workdir)
+        experiment = evaluator.experiment
+        with contextlib.closing(open_reports(config, workdir, evaluator, first_step)) as reports:
             train_step, seconds_compile = compile_train_step(config, experiment, state)
             if not resumed:
                 workdir.save_before(reports.evaluate(0, state.lora, "before"))
@@ -121,7 +125,7 @@ def open_checkpoints(
 
 
 def open_reports(
-    config: ConfigDict, workdir: Workdir, experiment: Experiment, first_step: int
+    config: ConfigDict, workdir: Workdir, evaluator: Evaluator, first_step: int
 ) -> Reports:
     """Opens the dashboards, and what evaluates for them."""
     dashboards = open_dashboards(
@@ -134,8 +138,8 @@ def open_reports(
     return Reports(
         workdir,
         dashboards,
-        make_evaluator(config, experiment),
-        experiment.splits,
+        evaluator,
+        evaluator.experiment.splits,
         lora_scale=config.lora.alpha / config.lora.rank,
         judges=make_judges(config),
     )

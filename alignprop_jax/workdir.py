@@ -15,7 +15,7 @@ from alignprop_jax.metrics import JsonLines, Record, write_atomically, write_jso
 
 
 class Workdir:
-    """config.json, metrics.jsonl, eval.jsonl, images/, checkpoints/, lora/ and summary.json."""
+    """config.json, metrics.jsonl, eval.jsonl, images/, checkpoints/, lora/, summary.json, ..."""
 
     def __init__(self, path: Path):
         """Makes the folder when it is absent.
@@ -29,6 +29,7 @@ class Workdir:
         self.images = path / "images"
         self.checkpoints = path / "checkpoints"
         self.lora = path / "lora" / "pytorch_lora_weights.safetensors"
+        self.reward_parts = path / "reward_parts.json"
         self._summary = path / "summary.json"
         self._config = path / "config.json"
         try:
@@ -51,7 +52,12 @@ class Workdir:
         return changes
 
     def rewind(self, step: int) -> None:
-        """Forgets every record after `step`, and so what a killed run wrote past its checkpoint."""
+        """Forgets every record after `step`, and so what a killed run wrote past its checkpoint.
+
+        Before the first, step -1, the scale of the reward is forgotten, too.
+        """
+        if step < 0:
+            self.reward_parts.unlink(missing_ok=True)
         for records in (self.metrics, self.evaluations):
             records.keep(lambda record: record["step"] <= step)
         self._summary.unlink(missing_ok=True)

@@ -1,5 +1,7 @@
 """The sweep over alpha and timesteps, on the smallest real model."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -50,7 +52,6 @@ def test_every_point_scores_what_evaluate_does(nano_config, files, tmp_path):
         assert record["n"] == expected["n"] == 2
         redness = f"reward/{config.reward}"
         for name, wanted in (
-            ("reward", "reward"),
             (redness, "reward"),
             (f"reward/{brightness}:brightness", "brightness"),
         ):
@@ -71,7 +72,13 @@ def test_one_lora_is_set_against_the_base_model(nano_config, files, tmp_path):
         evaluate(config, tmp_path / "evaluation", LoraMix((file,)), {})["unseen"]["reward_mean"]
         for file in ("none", files[0])
     ]
-    np.testing.assert_allclose([record["reward_mean"] for record in records], expected, atol=1e-5)
+    raw = [record[f"reward/{config.reward}_mean"] for record in records]
+    np.testing.assert_allclose(raw, expected, atol=1e-5)
+    # The sum is of standard scores, though it has one part.
+    parts = json.loads((tmp_path / "sweep" / "reward_parts.json").read_text())
+    mean, std = parts[config.reward]
+    standard = [(value - mean) / std for value in raw]
+    np.testing.assert_allclose([r["reward_mean"] for r in records], standard, rtol=1e-3)
     again = sweep(config, tmp_path / "sweep", files[:1], **settings)
     assert again == records
     assert len((tmp_path / "sweep" / "sweep.jsonl").read_text().splitlines()) == 2

@@ -48,27 +48,41 @@ def check_reward(reward: Reward, image_shape: tuple[int, int, int]) -> None:
         image_shape: height, width and 3.
 
     Raises:
-        UserError: the reward fails, cannot be traced, or does not return one float an image.
+        UserError: the reward fails, cannot be traced or differentiated, or does not return one
+            float an image.
     """
     batch = 3
     inputs = reward.prepare(["a photo"] * batch)
     images = jax.ShapeDtypeStruct((batch, *image_shape), jnp.float32)
+    # The parts first: one of the wrong shape may go unseen in the sum.
+    for name, score in {**reward.parts, reward.name: reward.score}.items():
+        try:
+            scores = jax.eval_shape(score, reward.params, images, inputs)
+        except UserError:
+            raise
+        except jax.errors.JAXTypeError as error:
+            raise UserError(
+                f"reward {name!r} cannot be traced by JAX: use jax.numpy, and no Python "
+                f"branches on values ({type(error).__name__})"
+            ) from error
+        except Exception as error:
+            raise UserError(f"reward {name!r} fails: {type(error).__name__}: {error}") from error
+        shape = getattr(scores, "shape", None)
+        if shape != (batch,):
+            raise UserError(
+                f"reward {name!r} must return one score an image, shape [{batch}] for {batch} "
+                f"images, not {type(scores).__name__ if shape is None else list(shape)}"
+            )
+        if not jnp.issubdtype(scores.dtype, jnp.floating):
+            raise UserError(f"reward {name!r} must return floats, not {scores.dtype}")
+
+    def total(params, images, inputs):
+        return reward.score(params, images, inputs).sum()
+
     try:
-        scores = jax.eval_shape(reward.score, reward.params, images, inputs)
-    except UserError:
-        raise
-    except jax.errors.JAXTypeError as error:
-        raise UserError(
-            f"reward {reward.name!r} cannot be traced by JAX: use jax.numpy, and no Python "
-            f"branches on values ({type(error).__name__})"
-        ) from error
+        jax.eval_shape(jax.grad(total, argnums=1), reward.params, images, inputs)
     except Exception as error:
-        raise UserError(f"reward {reward.name!r} fails: {type(error).__name__}: {error}") from error
-    shape = getattr(scores, "shape", None)
-    if shape != (batch,):
         raise UserError(
-            f"reward {reward.name!r} must return one score an image, shape [{batch}] for {batch} "
-            f"images, not {type(scores).__name__ if shape is None else list(shape)}"
-        )
-    if not jnp.issubdtype(scores.dtype, jnp.floating):
-        raise UserError(f"reward {reward.name!r} must return floats, not {scores.dtype}")
+            f"reward {reward.name!r} has no gradient by the image, which this algorithm descends "
+            f"({type(error).__name__}: {error}); write it in differentiable jax.numpy"
+        ) from error

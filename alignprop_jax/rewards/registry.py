@@ -4,8 +4,9 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from alignprop_jax.errors import UserError
-from alignprop_jax.rewards.base import Reward, Score
+from alignprop_jax.rewards.base import Reward
 from alignprop_jax.rewards.user import load_user_reward
+from alignprop_jax.rewards.weighted_sum import weighted_sum
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,7 +43,7 @@ def make_reward(
         UserError: there is no such reward, or it cannot be made.
     """
     if isinstance(spec, Mapping):
-        return _weighted_sum(
+        return weighted_sum(
             {name: make_reward(name, tokenizer, options) for name in spec}, dict(spec)
         )
     if spec in _FACTORIES:
@@ -52,29 +53,4 @@ def make_reward(
     raise UserError(
         f"reward {spec!r} not found; give {', '.join(sorted(_FACTORIES))} or "
         "path/to/file.py:function"
-    )
-
-
-def _weighted_sum(rewards: Mapping[str, Reward], weights: Mapping[str, float]) -> Reward:
-    for name, weight in weights.items():
-        if isinstance(weight, bool) or not isinstance(weight, int | float):
-            raise UserError(f"the weight of reward {name!r} must be a number, not {weight!r}")
-    if not rewards:
-        raise UserError("a sum of rewards needs one at least: give {name: weight}")
-
-    def part(name: str) -> Score:
-        reward = rewards[name]
-        return lambda params, images, inputs: reward.score(params[name], images, inputs[name])
-
-    parts = {name: part(name) for name in rewards}
-
-    def score(params, images, inputs):
-        return sum(weights[name] * part(params, images, inputs) for name, part in parts.items())
-
-    return Reward(
-        name=" + ".join(f"{weight:g} {name}" for name, weight in weights.items()),
-        params={name: reward.params for name, reward in rewards.items()},
-        score=score,
-        prepare=lambda prompts: {name: reward.prepare(prompts) for name, reward in rewards.items()},
-        parts=parts,
     )

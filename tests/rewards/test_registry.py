@@ -9,6 +9,7 @@ from alignprop_jax.errors import UserError
 from alignprop_jax.rewards import Reward, check_reward, make_reward, register
 from alignprop_jax.rewards.base import no_prompt_inputs
 from alignprop_jax.rewards.registry import _FACTORIES
+from alignprop_jax.rewards.weighted_sum import measure, standardize
 
 SHAPE = (4, 4, 3)
 
@@ -37,7 +38,7 @@ def brightness(monkeypatch):
 
 def write(tmp_path, body):
     path = tmp_path / "my_reward.py"
-    path.write_text(f"import jax.numpy as jnp\nimport numpy as np\n\n{body}\n")
+    path.write_text(f"import jax\nimport jax.numpy as jnp\nimport numpy as np\n\n{body}\n")
     return str(path)
 
 
@@ -74,6 +75,24 @@ def test_weighted_sum_and_its_parts(brightness, tmp_path):
     np.testing.assert_allclose(parts["brightness"], [1, 2], rtol=1e-6)
     np.testing.assert_allclose(parts[f"{path}:words"], [1, 3])
 
+    # Standardised, a part that varies a hundred times as much counts as much as the other.
+    reward = standardize(reward, {"brightness": (1.0, 0.5), f"{path}:words": (2.0, 100.0)})
+    score = jax.jit(reward.score)(reward.params, *arguments[1:])
+    expected = [2 * 0 - 0.5 * (1 - 2) / 100, 2 * (2 - 1) / 0.5 - 0.5 * (3 - 2) / 100]
+    np.testing.assert_allclose(score, expected, rtol=1e-5)
+
+
+def test_statistics_of_parts():
+    measured = measure({"a": np.array([1.0, 3.0]), "constant": np.array([7.0, 7.0])})
+    assert measured == {"a": (2.0, 1.0), "constant": (7.0, 1.0)}
+
+
+def test_a_part_of_the_wrong_shape_is_named(brightness, tmp_path):
+    path = write(tmp_path, "def whole(images, prompts):\n    return images.mean()")
+    reward = make_reward({"brightness": 1.0, f"{path}:whole": 1.0}, Tokenizer())
+    with pytest.raises(UserError, match="whole' must return one score an image"):
+        check_reward(reward, SHAPE)
+
 
 @pytest.mark.parametrize(
     "expression, message",
@@ -85,6 +104,10 @@ def test_weighted_sum_and_its_parts(brightness, tmp_path):
         ("np.asarray(images).mean((1, 2, 3))", "cannot be traced by JAX"),
         ("images.mean((1, 2, 3)) * (1 if images.sum() > 0 else 2)", "cannot be traced by JAX"),
         ("unknown", "fails: NameError"),
+        (
+            "jax.pure_callback(lambda x: x.mean((1, 2, 3)), prompts[:, 0] * 1.0, images)",
+            "has no gradient by the image",
+        ),
     ],
 )
 def test_bad_function_is_named(tmp_path, expression, message):
