@@ -1,9 +1,9 @@
 """Scores of a fixed set of samples: the same prompts and the same noise whenever it is asked."""
 
 import collections
+import copy
 import dataclasses
 import functools
-import math
 
 import jax
 import numpy as np
@@ -14,8 +14,10 @@ from alignprop_jax import sharding
 from alignprop_jax.experiment import Experiment, Split, make_keys
 from alignprop_jax.file_size import jpeg_kilobytes
 from alignprop_jax.images import to_uint8
-from alignprop_jax.judges import Scorer, find_judges
+from alignprop_jax.judges import Scorer, find_judges, removal_judges
+from alignprop_jax.pretrained import resolve_model
 from alignprop_jax.progress import progress_bar
+from alignprop_jax.rewards.weighted_sum import Statistics, standardize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Evaluator:
         samples_per_prompt: int,
         batch_size: int,
     ):
-        self._experiment = experiment
+        self.experiment = experiment
         self._samples_per_prompt = samples_per_prompt
         self._batch_size = batch_size
         self._rows_sharding = sharding.over_batch(experiment.mesh)
@@ -61,6 +63,7 @@ class Evaluator:
         scorers: dict[str, Scorer] | None = None,
         description: str = "evaluating",
         lora_timesteps: tuple[int, int] | None = None,
+        limit: int | None = None,
     ) -> Evaluation:
         """Samples every prompt of a split and scores the samples.
 
@@ -71,6 +74,7 @@ class Evaluator:
             description: of the progress bar.
             lora_timesteps: the highest and the lowest timestep at which the LoRA is on, both
                 included; None for all.
+            limit: of the number of samples.
 
         Returns:
             The scores: "reward", "reward/NAME" for each part of a sum of rewards, and those of
@@ -78,7 +82,7 @@ class Evaluator:
         """
         number = len(split.prompts)
         # All prompts once before any of them again.
-        rows = np.arange(number * self._samples_per_prompt)
+        rows = np.arange(number * self._samples_per_prompt)[:limit]
         prompts = rows % number
         scores = collections.defaultdict(list)
         first_samples = []
@@ -102,6 +106,15 @@ class Evaluator:
             np.concatenate(first_samples),
         )
 
+    def standardized(self, statistics: Statistics) -> "Evaluator":
+        """An evaluator by the same programs whose sum of rewards has these statistics."""
+        evaluator, experiment = copy.copy(self), self.experiment
+        reward = standardize(experiment.reward, statistics)
+        params = jax.device_put(reward.params, sharding.replicated(experiment.mesh))
+        reward = dataclasses.replace(reward, params=params)
+        evaluator.experiment = dataclasses.replace(experiment, reward=reward)
+        return evaluator
+
     def preview(self, lora: PyTree | None, split: Split) -> tuple[np.ndarray, list[str]]:
         """Returns the first samples of a split, as many as make a batch, and their prompts."""
         rows = np.arange(min(self._batch_size, len(split.prompts)))
@@ -116,7 +129,7 @@ class Evaluator:
             jax.device_put(np.pad(x, padding, mode="edge").astype(np.int32), self._rows_sharding)
             for x in (prompts, samples)
         )
-        experiment = self._experiment
+        experiment = self.experiment
         context, inputs = jax.tree.map(
             lambda table: table[prompts], (split.table.context, split.table.reward_inputs)
         )
@@ -131,11 +144,11 @@ class Evaluator:
             noise_key, sampler_key = jax.random.split(
                 jax.random.fold_in(jax.random.fold_in(key, prompt), sample)
             )
-            latent_shape = self._experiment.sd.latent_shape
+            latent_shape = self.experiment.sd.latent_shape
             return jax.random.normal(noise_key, latent_shape), sampler_key
 
         latents, sampler_keys = jax.vmap(draw)(prompts, samples)
-        return self._experiment.sample(
+        return self.experiment.sample(
             params,
             lora,
             latents,
@@ -159,25 +172,30 @@ def make_evaluator(config: ConfigDict, experiment: Experiment) -> Evaluator:
 def make_judges(config: ConfigDict) -> dict[str, Scorer]:
     """Loads what judges the samples of a config besides its reward, by name.
 
-    Those of its model (see `judges.load_judges`), and "jpeg_kb" for a reward on the size of files.
+    Those of its model (see `judges.load_judges`), "jpeg_kb" for a reward on the size of files, and
+    those of what is to be removed (`judges.removal_judges`).
     """
     judges = find_judges(config.model)
     rewards = [config.reward] if isinstance(config.reward, str) else list(config.reward)
     if any(name.startswith("jpeg_") for name in rewards):
         judges["jpeg_kb"] = jpeg_kilobytes(config.jpeg.quality)
+    if judges and "remove" in rewards:
+        judges |= removal_judges(resolve_model(config.model) / "judges", config.remove.concept)
     return judges
 
 
 def summarize(evaluation: Evaluation) -> dict[str, float]:
     """The number of samples n, and NAME_mean and NAME_std of every score.
 
-    A judge gives NaN where it has no opinion, and those samples do not count for it.
+    A judge gives NaN where it has no opinion, and those samples do not count for it; a judge that
+    has none at all is left out.
     """
     summary: dict[str, float] = {"n": len(evaluation.scores["reward"])}
     for name, scores in evaluation.scores.items():
         if name.partition("/")[0] != "reward":
             scores = scores[~np.isnan(scores)]
-        scores = scores.astype(np.float64)
-        summary[f"{name}_mean"] = float(scores.mean()) if scores.size else math.nan
-        summary[f"{name}_std"] = float(scores.std()) if scores.size else math.nan
+        if scores.size:
+            scores = scores.astype(np.float64)
+            summary[f"{name}_mean"] = float(scores.mean())
+            summary[f"{name}_std"] = float(scores.std())
     return summary

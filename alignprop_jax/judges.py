@@ -1,6 +1,7 @@
-"""Judges of generated emoji that no reward knows: what is in the picture, and in which style.
+"""Judges of generated emoji that no reward knows: what is in the picture, how
+many of it, and in which style.
 
-Two small convolutional networks trained on real emoji alone (`pretraining/train_judges.py`). They
+Small convolutional networks trained on real emoji alone (`pretraining/train_judges.py`). They
 share neither architecture, weights nor seed with the CLIP that rewards come from, so that a picture
 which pleases the reward without having become what it should does not pass here.
 """
@@ -16,10 +17,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
+from alignprop_jax.english import plural
 from alignprop_jax.errors import UserError
 from alignprop_jax.pretrained import resolve_model
+from alignprop_jax.prompt_objects import PromptObject, prompt_objects
+from alignprop_jax.rewards.clip_similarity import make_clip_score_reward
 from alignprop_jax.rewards.preprocess import crop_middle, resize_shorter_edge
 from alignprop_jax.weights import ParamTree, load_params
 
@@ -29,6 +33,8 @@ Scorer = Callable[[np.ndarray, Sequence[str]], np.ndarray]
 IMAGE_SIZE = 64
 NOTHING = "nothing"
 """The class of washes, gradients, blurs and noise, where no object is."""
+COUNTS = (NOTHING, "one", "two", "three", "four")
+"""The classes of the judge of numbers."""
 
 
 class ConvClassifier(nn.Module):
@@ -95,14 +101,20 @@ class Judge:
 
     def classify(self, images: Float[np.ndarray, "b h w 3"]) -> list[str]:
         """The most likely class of each image in [0, 1]."""
-        indices = _classify(len(self.classes), self.params, images)
-        return [self.classes[index] for index in np.asarray(indices)]
+        indices = np.asarray(_logits(len(self.classes), self.params, images)).argmax(-1)
+        return [self.classes[index] for index in indices]
+
+    def find(self, images: Float[np.ndarray, "b h w 3"]) -> Bool[np.ndarray, "b n"]:
+        """Which classes are in each image in [0, 1], of a judge of several at once."""
+        return np.asarray(_logits(len(self.classes), self.params, images)) > 0
 
 
 @partial(jax.jit, static_argnums=0)
-def _classify(num_classes: int, params: ParamTree, images: Float[Array, "b h w 3"]) -> Array:
+def _logits(
+    num_classes: int, params: ParamTree, images: Float[Array, "b h w 3"]
+) -> Float[Array, "b n"]:
     images = crop_middle(resize_shorter_edge(images, IMAGE_SIZE), IMAGE_SIZE)
-    return ConvClassifier(num_classes).apply({"params": params}, images).argmax(-1)
+    return ConvClassifier(num_classes).apply({"params": params}, images)
 
 
 def find_judges(model: str | Path) -> dict[str, Scorer]:
@@ -116,32 +128,116 @@ def find_judges(model: str | Path) -> dict[str, Scorer]:
 
 
 def load_judges(folder: str | Path) -> dict[str, Scorer]:
-    """Loads both judges as scorers of images [B, H, W, 3] in [0, 1] and their B prompts.
+    """Loads the judges as scorers of images [B, H, W, 3] in [0, 1] and their B prompts.
 
     Returns:
-        "recognized": 1 where the animal that the prompt names is in the image, 0 where not, NaN for
-        prompts that name none or several of the animals it knows; "glossy": 1 where the image is
-        glossy 3D art, 0 where not. Both float32 [B].
+        All float32 [B], with NaN for prompts that a judge has no opinion on:
+        "recognized": 1 where the one animal that the prompt names is in the image, 0 where not;
+        "glossy": 1 where the image is glossy 3D art, 0 where not;
+        "counted": 1 where the image shows as many objects, one to four, as the prompt says;
+        "found": of the animals that a prompt on several objects names, the share that is there;
+        "agreement": the cosine of image and prompt by a CLIP of another seed than any reward's.
 
     Raises:
         UserError: a file is missing or damaged.
     """
     recognizer, style = Judge.load(folder, "recognizer"), Judge.load(folder, "style")
+    counter, finder = Judge.load(folder, "counter"), Judge.load(folder, "finder")
     known = frozenset(recognizer.classes) - {NOTHING}
 
     def recognized(images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
         wanted = [_only_name(prompt, known) for prompt in prompts]
-        seen = recognizer.classify(images)
-        scores = [
-            np.nan if name is None else name == found
-            for name, found in zip(wanted, seen, strict=True)
-        ]
-        return np.array(scores, np.float32)
+        return _equal(recognizer.classify(images), wanted)
 
     def glossy(images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
         return np.array([found == "glossy" for found in style.classify(images)], np.float32)
 
-    return {"recognized": recognized, "glossy": glossy}
+    def counted(images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
+        return _equal(counter.classify(images), [_count_class(prompt) for prompt in prompts])
+
+    def animals(prompt: str) -> list[str]:
+        things = prompt_objects(prompt)
+        several = len(things) > 1 or any(thing.number != 1 for thing in things)
+        return _animals(things, finder.classes) if several else []
+
+    found = share_found(finder, animals)
+    return {
+        "recognized": recognized,
+        "glossy": glossy,
+        "counted": counted,
+        "found": found,
+        "agreement": _agreement_scorer(Path(folder) / "clip"),
+    }
+
+
+def removal_judges(folder: str | Path, concept: str) -> dict[str, Scorer]:
+    """What `load_judges` finds in images whose prompts' `concept` is to vanish.
+
+    Returns:
+        "concept_found": 1 where the concept is in the image; "rest_found": of the prompt's other
+        animals, the share that is there. Empty for a concept that the judge does not know.
+    """
+    finder = Judge.load(folder, "finder")
+    if concept not in finder.classes:
+        return {}
+
+    def rest(prompt: str) -> list[str]:
+        animals = _animals(prompt_objects(prompt), finder.classes)
+        return [animal for animal in animals if animal != concept]
+
+    return {
+        "concept_found": share_found(finder, lambda prompt: [concept]),
+        "rest_found": share_found(finder, rest),
+    }
+
+
+def share_found(finder: Judge, wanted: Callable[[str], Sequence[str]]) -> Scorer:
+    """A scorer: of the classes that `wanted` says a prompt asks for, the share that is there."""
+
+    def score(images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
+        scores = []
+        for prompt, seen in zip(prompts, finder.find(images), strict=True):
+            there = [seen[finder.classes.index(name)] for name in wanted(prompt)]
+            scores.append(np.mean(there) if there else np.nan)
+        return np.array(scores, np.float32)
+
+    return score
+
+
+def _agreement_scorer(clip: Path) -> Scorer:
+    reward = make_clip_score_reward(str(clip))
+    score = jax.jit(reward.score)
+    embedded: dict[str, np.ndarray] = {}
+
+    def agreement(images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
+        new = sorted(set(prompts) - embedded.keys())
+        if new:
+            embedded.update(zip(new, reward.prepare(new), strict=True))
+        inputs = np.stack([embedded[prompt] for prompt in prompts])
+        return np.asarray(score(reward.params, images, inputs))
+
+    return agreement
+
+
+def _equal(seen: Sequence[str], wanted: Sequence[str | None]) -> Float[np.ndarray, " b"]:
+    scores = [
+        np.nan if name is None else name == found for found, name in zip(seen, wanted, strict=True)
+    ]
+    return np.array(scores, np.float32)
+
+
+def _count_class(prompt: str) -> str | None:
+    numbers = [thing.number for thing in prompt_objects(prompt)]
+    if not numbers or None in numbers or sum(numbers) >= len(COUNTS):
+        return None
+    return COUNTS[sum(numbers)]
+
+
+def _animals(things: Sequence[PromptObject], known: Sequence[str]) -> list[str]:
+    """Which of the known animals the objects of a prompt are, one or several of each."""
+    names = {form: name for name in known for form in (name, plural(name))}
+    found = [names.get(thing.name.split()[-1]) for thing in things]
+    return [name for name in found if name]
 
 
 def _only_name(prompt: str, known: frozenset[str]) -> str | None:

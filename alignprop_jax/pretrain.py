@@ -5,6 +5,7 @@ trained. Killed and started again, the program goes on from the last checkpoint 
 """
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -16,6 +17,7 @@ from ml_collections import ConfigDict, config_flags
 from alignprop_jax.compilation import enable_compilation_cache
 from alignprop_jax.errors import run_program
 from alignprop_jax.models.clip import CLIPConfig, CLIPModel, CLIPTextModel
+from alignprop_jax.models.owlvit import OwlViT, OwlViTConfig
 from alignprop_jax.models.unet import UNet, UNetConfig
 from alignprop_jax.models.vae import AutoencoderKL, VAEConfig
 from alignprop_jax.pretrained import example_inputs, load_component
@@ -33,6 +35,13 @@ from alignprop_jax.pretraining.autoencoder import (
 )
 from alignprop_jax.pretraining.captions import caption_words
 from alignprop_jax.pretraining.contrastive import make_caption_batches, make_contrastive_loss
+from alignprop_jax.pretraining.detection import (
+    embed_texts,
+    make_detection_batches,
+    make_detection_loss,
+    query_texts,
+    start_from_clip,
+)
 from alignprop_jax.pretraining.diffusion import make_diffusion_loss, make_latent_batches
 from alignprop_jax.pretraining.emoji_dataset import prepare
 from alignprop_jax.pretraining.fit import Recipe, fit
@@ -45,7 +54,16 @@ from alignprop_jax.schedulers import DDIMScheduler
 from alignprop_jax.weights import save_params
 
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
-PARTS = ("clip", "vision", "aesthetic_head", "vae", "unet", "decoder")
+PARTS = (
+    "clip",
+    "vision",
+    "aesthetic_head",
+    "detector",
+    "vae",
+    "unet",
+    "unet_scenes",
+    "decoder",
+)
 
 
 def pretrain(
@@ -65,8 +83,10 @@ def pretrain(
         "clip": train_clip,
         "vision": train_vision,
         "aesthetic_head": train_aesthetic_head,
+        "detector": train_detector,
         "vae": train_autoencoder,
-        "unet": train_unet,
+        "unet": partial(train_unet, "unet"),
+        "unet_scenes": partial(train_unet, "unet_scenes"),
         "decoder": train_decoder,
     }
     for part in parts:
@@ -143,6 +163,35 @@ def train_aesthetic_head(config: ConfigDict, sprites: Sprites, workdir: Path, ou
     save_params(head, output / "aesthetic_head.safetensors", np.float16)
 
 
+def train_detector(config: ConfigDict, sprites: Sprites, workdir: Path, output: Path) -> None:
+    """Trains an OWL-ViT that starts as the finished CLIP, whose text tower it keeps as it is."""
+    build_tokenizer(caption_words(), output / "detector")
+    tokenizer = load_tokenizer(output / "detector")
+    _, clip_params = load_component(CLIPModel, output / "clip")
+    config_json = export.detector_config(export.clip_config(config.clip, tokenizer))
+    model = OwlViT(OwlViTConfig.from_dict(config_json))
+    params = start_from_clip(_init(model, config.seed), clip_params)
+    towers = params["owlvit"]
+    frozen = {name: tree for name, tree in towers.items() if name != "vision_model"}
+    names = sprites.unique_names
+    queries = embed_texts(model, params, tokenizer, query_texts(names))
+    trained = fit(
+        "detector",
+        _recipe(config.detector),
+        make_detection_loss(model, frozen, queries, config.detector.noise),
+        make_detection_batches(
+            SceneSampler(sprites, SceneMixture(**config.detector.scenes)),
+            names,
+            config.detector.batch_size,
+        ),
+        {**params, "owlvit": {"vision_model": towers["vision_model"]}},
+        workdir,
+        config.seed,
+    )
+    trained = {**trained, "owlvit": {**frozen, **trained["owlvit"]}}
+    export.write_detector(output, config_json, trained)
+
+
 def train_autoencoder(config: ConfigDict, sprites: Sprites, workdir: Path, output: Path) -> None:
     """Trains the autoencoder and measures the scale of its latents."""
     config_json = export.vae_config(config.vae)
@@ -180,19 +229,30 @@ def train_decoder(config: ConfigDict, sprites: Sprites, workdir: Path, output: P
     save_params({**frozen, **decoder}, output / "vae" / DIFFUSERS_WEIGHTS, np.float16)
 
 
-def train_unet(config: ConfigDict, sprites: Sprites, workdir: Path, output: Path) -> None:
+def train_unet(
+    part: str, config: ConfigDict, sprites: Sprites, workdir: Path, output: Path
+) -> None:
     """Trains the UNet on encoded scenes with the text tower of CLIP.
 
     It starts from the checkpoint in `workdir`, else from the UNet in `output`, else from scratch.
+
+    Args:
+        part: the section of the config with the recipe and the scenes.
     """
+    recipe = config[part]
     tokenizer = load_tokenizer(output / "tokenizer")
     text_encoder, text_params = load_component(CLIPTextModel, output / "text_encoder")
     vae, vae_params = load_component(AutoencoderKL, output / "vae")
     scheduler = DDIMScheduler.from_config(export.scheduler_config())
 
-    scenes = SceneSampler(sprites, SceneMixture(**config.unet.scenes))
+    scenes = SceneSampler(sprites, SceneMixture(**recipe.scenes))
     latents, captions = encode_scenes(
-        vae, vae_params, scenes, config.unet.num_scenes, config.seed, cache=workdir / "latents.npz"
+        vae,
+        vae_params,
+        scenes,
+        recipe.num_scenes,
+        config.seed,
+        cache=workdir / f"{part}_latents.npz",
     )
     texts = ["", *sorted(set(captions))]
     row = {text: index for index, text in enumerate(texts)}
@@ -204,14 +264,14 @@ def train_unet(config: ConfigDict, sprites: Sprites, workdir: Path, output: Path
         model = UNet(UNetConfig.from_dict(config_json))
         start = _with_residuals_off(_init(model, config.seed))
     params = fit(
-        "unet",
-        _recipe(config.unet),
+        part,
+        _recipe(recipe),
         make_diffusion_loss(model, jnp.asarray(scheduler.alpha_bar), text_table),
         make_latent_batches(
             (latents * vae.config.scaling_factor).astype(np.float32),
             np.array([row[caption] for caption in captions]),
-            config.unet.batch_size,
-            config.unet.caption_dropout,
+            recipe.batch_size,
+            recipe.caption_dropout,
         ),
         start,
         workdir,

@@ -41,9 +41,12 @@ class Reports:
             evaluation = self._evaluator.evaluate(scaled, split, self._judges, description)
             record = summarize(evaluation)
             self._workdir.evaluations.append({"step": step, "split": name, **record})
-            self.scalars(
-                step, {f"{name}/{score}": record[f"{score}_mean"] for score in evaluation.scores}
-            )
+            means = {
+                f"{name}/{key.removesuffix('_mean')}": value
+                for key, value in record.items()
+                if key.endswith("_mean")
+            }
+            self.scalars(step, means)
             columns = columns_for(len(split.prompts))
             grid = make_grid(evaluation.images, split.prompts, columns)
             self._picture(step, f"{name}_{when}", name, grid)

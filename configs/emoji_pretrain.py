@@ -40,6 +40,14 @@ def get_config() -> ConfigDict:
     head.batch_size = 256
     head.learning_rate = 1e-3
 
+    detector = config.detector = ConfigDict()
+    detector.scenes = ConfigDict({"single": 0.5, "count": 0.6, "pair": 0.6, "colored_pair": 0.1})
+    detector.noise = 0.06  # added to pixel values, as sampled pictures are never clean
+    detector.num_steps = 2000
+    detector.batch_size = 64
+    detector.learning_rate = 2e-3
+    detector.muon = True
+
     vae = config.vae = ConfigDict()
     vae.channels = (16, 32, 64)
     vae.latent_channels = 4
@@ -62,8 +70,23 @@ def get_config() -> ConfigDict:
     unet.learning_rate = 1.2e-3
     unet.muon = True
 
+    # Then as often what pictures of one object do not teach: numbers, pairs and colours.
+    unet_scenes = config.unet_scenes = unet.copy_and_resolve_references()
+    unet_scenes.scenes.update(
+        single=1.2,
+        count=0.5,
+        pair=0.5,
+        colored=0.2,
+        on_background=0.1,
+        colored_on_background=0.1,
+        colored_pair=0.3,
+    )
+    unet_scenes.num_scenes = 48_000
+    unet_scenes.num_steps = 3600
+    unet_scenes.learning_rate = 1e-3
+
     decoder = config.decoder = ConfigDict()
-    decoder.scenes = unet.scenes
+    decoder.scenes = unet_scenes.scenes
     decoder.latent_noise = 0.05
     decoder.num_steps = 1500
     decoder.batch_size = 16

@@ -105,6 +105,13 @@ def test_parts_of_a_reward_are_scored_too():
     np.testing.assert_allclose(scores["reward/half"], 0.5 * scores["reward"], rtol=1e-6)
 
 
+def test_samples_up_to_a_limit():
+    experiment = make_experiment()
+    evaluator = Evaluator(experiment, jax.random.key(0), samples_per_prompt=3, batch_size=2)
+    first = evaluator.evaluate(None, experiment.splits["train"], limit=3).scores["reward"]
+    np.testing.assert_array_equal(first, evaluate().scores["reward"][:3])
+
+
 def test_a_range_of_timesteps_reaches_the_sampler():
     experiment = make_experiment()
     evaluator = Evaluator(experiment, jax.random.key(0), samples_per_prompt=1, batch_size=2)
@@ -145,13 +152,16 @@ def test_summary_leaves_out_samples_that_a_judge_has_no_opinion_on():
     }
     summary = summarize(Evaluation([], scores, np.zeros((0, 8, 8, 3), np.uint8)))
     assert summary["seen_mean"] == 1.0 and summary["seen_std"] == 0.0
-    assert np.isnan(summary["mute_mean"])
+    assert "mute_mean" not in summary
     assert np.isnan(summary["reward_mean"]) and np.isnan(summary["reward/part_mean"])
 
 
-def test_a_reward_on_the_size_of_files_is_judged_by_files(tmp_path):
+def test_some_rewards_have_judges_of_their_own(tmp_path):
     config = default_config()
-    assert make_judges(config).keys() == {"recognized", "glossy"}
+    everywhere = {"recognized", "glossy", "counted", "found", "agreement"}
+    assert make_judges(config).keys() == everywhere
+    config.reward, config.remove.concept = "remove", "dog"
+    assert make_judges(config).keys() == everywhere | {"concept_found", "rest_found"}
     config.model = str(tmp_path)  # a model that no judge is beside
     config.reward = {"aesthetic": 1.0, "jpeg_compress": 0.5}
     config.jpeg.quality = 50

@@ -7,10 +7,25 @@ import numpy as np
 import pytest
 
 from alignprop_jax.errors import UserError
-from alignprop_jax.judges import NOTHING, ConvClassifier, Judge, load_judges
+from alignprop_jax.judges import (
+    COUNTS,
+    NOTHING,
+    ConvClassifier,
+    Judge,
+    load_judges,
+    removal_judges,
+)
+from alignprop_jax.pretrained import resolve_clip
+from alignprop_jax.rewards import make_reward
 from alignprop_jax.weights import save_params
 
-CLASSES = {"recognizer": ("cat", "rat", "ant", NOTHING), "style": ("flat", "glossy", NOTHING)}
+ANIMALS = ("cat", "rat", "ant", "mouse")
+CLASSES = {
+    "recognizer": ("cat", "rat", "ant", NOTHING),
+    "style": ("flat", "glossy", NOTHING),
+    "counter": COUNTS,
+    "finder": ANIMALS,
+}
 
 
 @pytest.fixture
@@ -25,6 +40,7 @@ def folder(tmp_path):
         save_params(params, tmp_path / f"{name}.safetensors", np.float16)
     config = {name: {"classes": classes} for name, classes in CLASSES.items()}
     (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "clip").symlink_to(resolve_clip("emoji"))
     return tmp_path
 
 
@@ -49,6 +65,47 @@ def test_scores_are_of_the_class_the_prompt_names(folder, monkeypatch):
     recognized = scorers["recognized"](images(4), prompts)
     assert recognized.dtype == np.float32 and recognized.tolist() == [1, 0, 0, 1]
     assert scorers["glossy"](images(4), prompts).tolist() == [1, 0, 0, 0]
+
+
+def test_numbers_of_all_objects_together(folder, monkeypatch):
+    monkeypatch.setattr(
+        Judge, "classify", lambda self, images: ["two", "two", "four", "one", "one"]
+    )
+    prompts = ["two cats", "three mice", "two cats and 2 rats", "some ants", "five rats"]
+    counted = load_judges(folder)["counted"](images(5), prompts)
+    np.testing.assert_array_equal(counted, np.array([1, 0, 1, np.nan, np.nan], np.float32))
+
+
+def test_share_of_the_animals_that_are_there(folder, monkeypatch):
+    seen = np.array([[1, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1], [1, 1, 1, 1], [1, 1, 1, 1]], bool)
+    monkeypatch.setattr(Judge, "find", lambda self, images: seen)
+    # One object alone is for the recognizer, and no one trained a judge of giants.
+    prompts = ["a cat and a red rat", "two cats", "three mice", "a cat", "two giants"]
+    found = load_judges(folder)["found"](images(5), prompts)
+    np.testing.assert_array_equal(found, np.array([0.5, 1, 1, np.nan, np.nan], np.float32))
+
+    judges = removal_judges(folder, "cat")
+    concept = judges["concept_found"](images(5), prompts)
+    rest = judges["rest_found"](images(5), prompts)
+    np.testing.assert_array_equal(concept, [1, 1, 0, 1, 1])
+    np.testing.assert_array_equal(rest, np.array([0, np.nan, 1, np.nan, np.nan], np.float32))
+    assert removal_judges(folder, "giant") == {}
+
+
+def test_agreement_is_the_cosine_of_a_clip_of_its_own(folder):
+    reward = make_reward("clip_score", None)
+    prompts = ["a cat", "a rat", "a cat"]
+    expected = reward.score(reward.params, images(3), reward.prepare(prompts))
+    agreement = load_judges(folder)["agreement"]
+    for _ in range(2):  # the second time from embeddings it knows
+        np.testing.assert_allclose(agreement(images(3), prompts), expected, rtol=1e-5)
+
+
+def test_finds_what_has_a_positive_logit(folder):
+    judge = Judge.load(folder, "finder")
+    pictures = images()
+    logits = jax.jit(ConvClassifier(4).apply)({"params": judge.params}, pictures)
+    np.testing.assert_array_equal(judge.find(pictures), np.asarray(logits) > 0)
 
 
 def test_class_is_the_one_of_the_highest_logit(folder):

@@ -18,25 +18,25 @@ _NORM_GROUPS = 16
 _VAE_NORM_GROUPS = 4
 
 
-def clip_config(config: ConfigDict, tokenizer) -> dict[str, Any]:
+def clip_config(sizes: Mapping[str, int], tokenizer) -> dict[str, Any]:
     """transformers' CLIPConfig."""
     common = {
-        "hidden_size": config.width,
-        "intermediate_size": 4 * config.width,
-        "num_attention_heads": config.num_heads,
+        "hidden_size": sizes["width"],
+        "intermediate_size": 4 * sizes["width"],
+        "num_attention_heads": sizes["num_heads"],
         "hidden_act": "quick_gelu",
         "layer_norm_eps": 1e-5,
-        "projection_dim": config.width,
+        "projection_dim": sizes["width"],
     }
     return {
         "architectures": ["CLIPModel"],
         "model_type": "clip",
-        "projection_dim": config.width,
+        "projection_dim": sizes["width"],
         "logit_scale_init_value": 2.6592,
         "text_config": {
             "model_type": "clip_text_model",
             **common,
-            "num_hidden_layers": config.text_layers,
+            "num_hidden_layers": sizes["text_layers"],
             "vocab_size": len(tokenizer),
             "max_position_embeddings": tokenizer.model_max_length,
             "bos_token_id": tokenizer.bos_token_id,
@@ -46,9 +46,9 @@ def clip_config(config: ConfigDict, tokenizer) -> dict[str, Any]:
         "vision_config": {
             "model_type": "clip_vision_model",
             **common,
-            "num_hidden_layers": config.vision_layers,
+            "num_hidden_layers": sizes["vision_layers"],
             "image_size": IMAGE_SIZE,
-            "patch_size": config.patch_size,
+            "patch_size": sizes["patch_size"],
             "num_channels": 3,
         },
     }
@@ -120,9 +120,17 @@ def scheduler_config() -> dict[str, Any]:
 
 def write_clip(output: Path, config: Mapping[str, Any], params) -> None:
     """Writes both towers to clip/, and the text tower to text_encoder/ where diffusers looks."""
-    write_model(output / "clip", config, params, "model.safetensors")
+    write_clip_model(output / "clip", config, params)
+    text = {"architectures": ["CLIPTextModel"], **config["text_config"]}
+    text_params = {"text_model": params["text_model"]}
+    write_model(output / "text_encoder", text, text_params, "model.safetensors")
+
+
+def write_clip_model(folder: Path, config: Mapping[str, Any], params) -> None:
+    """Writes both towers and what images they take, but for the tokenizer."""
+    write_model(folder, config, params, "model.safetensors")
     _write_json(
-        output / "clip" / "preprocessor_config.json",
+        folder / "preprocessor_config.json",
         {
             "image_processor_type": "CLIPImageProcessor",
             "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
@@ -137,9 +145,39 @@ def write_clip(output: Path, config: Mapping[str, Any], params) -> None:
             "size": {"shortest_edge": IMAGE_SIZE},
         },
     )
-    text = {"architectures": ["CLIPTextModel"], **config["text_config"]}
-    text_params = {"text_model": params["text_model"]}
-    write_model(output / "text_encoder", text, text_params, "model.safetensors")
+
+
+def detector_config(clip: Mapping[str, Any]) -> dict[str, Any]:
+    """transformers' OwlViTConfig of a detector on a CLIP's towers."""
+    ours = {"text_config": "owlvit_text_model", "vision_config": "owlvit_vision_model"}
+    towers = {name: {**clip[name], "model_type": model_type} for name, model_type in ours.items()}
+    return {
+        "architectures": ["OwlViTForObjectDetection"],
+        "model_type": "owlvit",
+        "projection_dim": clip["projection_dim"],
+        "logit_scale_init_value": clip["logit_scale_init_value"],
+        **towers,
+    }
+
+
+def write_detector(output: Path, config: Mapping[str, Any], params) -> None:
+    """Writes detector/, but for the tokenizer."""
+    write_model(output / "detector", config, params, "model.safetensors")
+    _write_json(
+        output / "detector" / "preprocessor_config.json",
+        {
+            "image_processor_type": "OwlViTImageProcessor",
+            "do_center_crop": False,
+            "do_convert_rgb": True,
+            "do_normalize": True,
+            "do_rescale": True,
+            "do_resize": True,
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_std": [0.5, 0.5, 0.5],
+            "resample": 3,
+            "size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+        },
+    )
 
 
 def write_pipeline_index(output: Path) -> None:

@@ -44,14 +44,37 @@ def make_pictures(
     pictures = jitter_color(keys[3], pictures, hue)
     if washed:
         pictures = _wash(jax.random.fold_in(key, 0), pictures, washed)
+    return _damage(keys[4:], pictures, damage)
+
+
+def make_scene_pictures(
+    key: Key[Array, ""], scenes: Float[Array, "b s s 3"], num_empty: int, hue: float, damage: float
+) -> Float[Array, "b s s 3"]:
+    """Changes whole scenes at random, short of what they show.
+
+    Arguments as for `make_pictures`; the empty ones are soft gradients.
+    """
+    batch, size = scenes.shape[:2]
+    keys = jax.random.split(key, 11)
+    if num_empty:
+        empty = _gradient(keys[:4], num_empty, size)
+        scenes = jnp.concatenate([scenes[:-num_empty], empty])
+    return _damage(keys[5:], jitter_color(keys[4], scenes, hue), damage)
+
+
+def _damage(
+    keys: Key[Array, "6"], pictures: Float[Array, "b s s 3"], damage: float
+) -> Float[Array, "b s s 3"]:
+    """A light of its own, blur, compression and noise."""
+    batch, size = pictures.shape[:2]
     # A light that varies over any picture, so that a gradient by itself says nothing about style.
-    lit = jax.random.bernoulli(keys[4], 0.4, (batch, 1, 1, 1))
-    light = 0.07 * smooth_fields(keys[5], batch, sprites.shape[1], 1, 12.0)
+    lit = jax.random.bernoulli(keys[0], 0.4, (batch, 1, 1, 1))
+    light = 0.07 * smooth_fields(keys[1], batch, size, 1, 12.0)
     pictures *= 1 + jnp.where(lit, light, 0.0)
-    pictures = blur(pictures, uniform(keys[6], batch, 0.0, damage))
-    compressed = jax.random.bernoulli(keys[7], 0.5, (batch, 1, 1, 1))
-    pictures = jnp.where(compressed, compress(keys[8], pictures, 0.15 * damage), pictures)
-    return jnp.clip(add_noise(keys[9], pictures, 0.05 * damage), 0, 1)
+    pictures = blur(pictures, uniform(keys[2], batch, 0.0, damage))
+    compressed = jax.random.bernoulli(keys[3], 0.5, (batch, 1, 1, 1))
+    pictures = jnp.where(compressed, compress(keys[4], pictures, 0.15 * damage), pictures)
+    return jnp.clip(add_noise(keys[5], pictures, 0.05 * damage), 0, 1)
 
 
 def _backgrounds(key: Key[Array, ""], batch: int) -> Float[Array, "b 1 1 3"]:

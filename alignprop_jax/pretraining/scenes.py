@@ -7,11 +7,12 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from alignprop_jax.pretraining.captions import caption, is_countable
+from alignprop_jax.english import is_countable
+from alignprop_jax.pretraining.captions import caption
 from alignprop_jax.pretraining.colors import COLORS, tint
 from alignprop_jax.pretraining.names import STYLES
 from alignprop_jax.pretraining.sprites import Sprites
-from alignprop_jax.prompts import ANIMALS, ANIMALS_UNSEEN
+from alignprop_jax.prompt_lists import ANIMALS, ANIMALS_UNSEEN
 
 IMAGE_SIZE = 64
 _HALF = IMAGE_SIZE // 2
@@ -80,7 +81,8 @@ class Scene(NamedTuple):
       image: uint8 [64, 64, 3].
       caption: English without a word on style.
       factors: `kind` (a weight of `SceneMixture`), `style`, `names`, `count` (objects in all),
-        `colors` (for each name a colour word or None) and `background` (colour word or None).
+        `colors` (for each name a colour word or None), `background` (colour word or None) and
+        `boxes` (for each object, those of the first name first, left, top and edge in pixels).
     """
 
     image: np.ndarray
@@ -128,9 +130,9 @@ class SceneSampler:
         if background is not None:
             canvas[:] = _vary(rng, COLORS[background])
         if len(pictures) == 1:
-            self._place_alone(rng, canvas, pictures[0])
+            boxes = [self._place_alone(rng, canvas, pictures[0])]
         else:
-            self._place_in_cells(rng, canvas, pictures)
+            boxes = self._place_in_cells(rng, canvas, pictures)
 
         factors = {
             "kind": kind,
@@ -139,6 +141,7 @@ class SceneSampler:
             "count": len(pictures),
             "colors": colors,
             "background": background,
+            "boxes": boxes,
         }
         return Scene(canvas, caption(names, count, colors, background), factors)
 
@@ -166,25 +169,29 @@ class SceneSampler:
 
     def _place_alone(
         self, rng: np.random.Generator, canvas: np.ndarray, picture: np.ndarray
-    ) -> None:
+    ) -> tuple[int, int, int]:
         low, high = self._mixture.single_size
         size = int(rng.integers(low, high + 1))
         margin = IMAGE_SIZE - size
         shift = rng.integers(-self._mixture.max_shift, self._mixture.max_shift + 1, size=2)
         left, top = np.clip(margin // 2 + shift, 0, margin)
         _paste(canvas, _resized(picture, size, flip=rng.random() < 0.5), left, top)
+        return int(left), int(top), size
 
     def _place_in_cells(
         self, rng: np.random.Generator, canvas: np.ndarray, pictures: Sequence[np.ndarray]
-    ) -> None:
+    ) -> list[tuple[int, int, int]]:
         low, high = self._mixture.scene_size
         size = int(rng.integers(low, high + 1))
         layouts = _LAYOUTS[len(pictures)]
         cells = layouts[rng.integers(len(layouts))]
+        boxes = []
         for picture, (left, top, width, height) in zip(pictures, cells, strict=True):
             left += rng.integers(0, width - size + 1)
             top += rng.integers(0, height - size + 1)
             _paste(canvas, _resized(picture, size, flip=rng.random() < 0.5), left, top)
+            boxes.append((int(left), int(top), size))
+        return boxes
 
 
 def _split_by_membership(

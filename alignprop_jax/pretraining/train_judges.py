@@ -2,8 +2,8 @@
 
     python -m alignprop_jax.pretraining.train_judges --data=DIR --workdir=DIR --output=DIR
 
-`--data` is a folder that launch/fetch_emoji.sh has filled. The output, `recognizer.safetensors`,
-`style.safetensors` and `config.json` with classes and accuracies, is what `load_judges` reads.
+`--data` is a folder that launch/fetch_emoji.sh has filled. The output, `NAME.safetensors` of every
+judge and `config.json` with classes and accuracies, is what `load_judges` reads.
 """
 
 import dataclasses
@@ -22,13 +22,15 @@ from absl import flags, logging
 from alignprop_jax.compilation import enable_compilation_cache
 from alignprop_jax.errors import run_program
 from alignprop_jax.judges import IMAGE_SIZE, NOTHING, ConvClassifier, Judge
+from alignprop_jax.pretraining.agreement_judge import train_agreement
 from alignprop_jax.pretraining.emoji_dataset import prepare
 from alignprop_jax.pretraining.fit import Recipe, fit
 from alignprop_jax.pretraining.judge_pictures import make_pictures
 from alignprop_jax.pretraining.names import STYLES
+from alignprop_jax.pretraining.scene_judges import train_counter, train_finder
 from alignprop_jax.pretraining.scenes import SceneMixture, SceneSampler
 from alignprop_jax.pretraining.sprites import Sprites, load_sprites
-from alignprop_jax.prompts import ANIMALS, ANIMALS_UNSEEN
+from alignprop_jax.prompt_lists import ANIMALS, ANIMALS_UNSEEN
 from alignprop_jax.weights import ParamTree, save_params
 
 _SEED = 1729  # of no other part of the project
@@ -88,37 +90,59 @@ def style_lesson(sprites: Sprites, names: Sequence[str]) -> Lesson:
     return Lesson((*STYLES, NOTHING), by_class, nothing_share=0.2, hue=0.3, damage=0.4, washed=0.4)
 
 
-def train_judges(sprites: Sprites, workdir: Path, output: Path) -> dict[str, Any]:
-    """Trains both judges and writes them; returns the content of `config.json`."""
-    held_out = _hold_out(sprites.unique_names)
-    learnt = [name for name in sprites.unique_names if name not in held_out]
-    animals = (*ANIMALS, *ANIMALS_UNSEEN)
-
-    recognizer = _train("recognizer", recognizer_lesson(sprites), sprites, 1400, workdir, output)
-    # Style is subtle: it is learnt in a third of the steps from features that can tell animals.
-    lesson = style_lesson(sprites, learnt)
-    style = _train("style", lesson, sprites, 900, workdir, output, features=recognizer.params)
-
-    clean = _plain_pictures(sprites, animals)
-    unseen = _plain_pictures(sprites, held_out)
-    config = {
-        "recognizer": {
-            "classes": recognizer.classes,
-            "accuracy": {
-                "plain": _share(recognizer, clean, "name"),
-                **_spoilt_accuracy(recognizer, recognizer_lesson(sprites), sprites),
-            },
-        },
-        "style": {
-            "classes": style.classes,
-            "held_out_names": held_out,
-            "accuracy": {
-                "plain_held_out": _share(style, unseen, "style"),
-                **_spoilt_accuracy(style, style_lesson(sprites, held_out), sprites, "_held_out"),
-            },
+def train_recognizer(sprites: Sprites, workdir: Path, output: Path) -> dict[str, Any]:
+    """Trains the recognizer and writes it; returns its entry in `config.json`."""
+    lesson = recognizer_lesson(sprites)
+    recognizer = _train("recognizer", lesson, sprites, 1400, workdir, output)
+    clean = _plain_pictures(sprites, (*ANIMALS, *ANIMALS_UNSEEN))
+    return {
+        "classes": recognizer.classes,
+        "accuracy": {
+            "plain": _share(recognizer, clean, "name"),
+            **_spoilt_accuracy(recognizer, lesson, sprites),
         },
     }
-    (output / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+
+def train_style(sprites: Sprites, workdir: Path, output: Path) -> dict[str, Any]:
+    """Trains the judge of style and writes it; returns its entry in `config.json`.
+
+    Style is subtle: it is learnt in a third of the steps from features that can tell animals.
+    """
+    held_out = _hold_out(sprites.unique_names)
+    learnt = [name for name in sprites.unique_names if name not in held_out]
+    features = Judge.load(output, "recognizer").params
+    style = _train("style", style_lesson(sprites, learnt), sprites, 900, workdir, output, features)
+    unseen = _plain_pictures(sprites, held_out)
+    return {
+        "classes": style.classes,
+        "held_out_names": held_out,
+        "accuracy": {
+            "plain_held_out": _share(style, unseen, "style"),
+            **_spoilt_accuracy(style, style_lesson(sprites, held_out), sprites, "_held_out"),
+        },
+    }
+
+
+# In the order in which they are trained: the next three start from the recognizer's features.
+JUDGES = {
+    "recognizer": train_recognizer,
+    "style": train_style,
+    "counter": train_counter,
+    "finder": train_finder,
+    "agreement": train_agreement,
+}
+
+
+def train_judges(
+    sprites: Sprites, workdir: Path, output: Path, names: Sequence[str]
+) -> dict[str, Any]:
+    """Trains the judges of these names and writes them; returns the content of `config.json`."""
+    path = output / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for name in names:
+        config[name] = JUDGES[name](sprites, workdir, output)
+        path.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     return config
 
 
@@ -217,9 +241,10 @@ def main(argv: list[str]) -> None:
     enable_compilation_cache()
     workdir = Path(flags.FLAGS.workdir)
     prepare(flags.FLAGS.data, workdir / "data")
-    config = train_judges(load_sprites(workdir / "data"), workdir, Path(flags.FLAGS.output))
-    for name, judge in config.items():
-        print(f"{name}: {judge['accuracy']}")
+    sprites, output = load_sprites(workdir / "data"), Path(flags.FLAGS.output)
+    config = train_judges(sprites, workdir, output, flags.FLAGS.judge)
+    for name in flags.FLAGS.judge:
+        print(f"{name}: {config[name]['accuracy']}")
 
 
 if __name__ == "__main__":
@@ -227,5 +252,6 @@ if __name__ == "__main__":
     flags.DEFINE_string("data", None, "Folder that launch/fetch_emoji.sh has filled.")
     flags.DEFINE_string("workdir", None, "Checkpoints and intermediate data.")
     flags.DEFINE_string("output", None, "Folder to write the judges to.")
+    flags.DEFINE_multi_enum("judge", list(JUDGES), list(JUDGES), "Judges to train, in order.")
     flags.mark_flags_as_required(["data", "workdir", "output"])
     run_program(main)
