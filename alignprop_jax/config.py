@@ -43,6 +43,7 @@ _NOT_NEGATIVE = (
     "evaluation.every",
     "checkpoint.every",
     "logging.image_every",
+    "count.number",
 )
 
 
@@ -68,6 +69,13 @@ def default_config() -> ConfigDict:
     config.hps = ConfigDict()
     config.hps.checkpoint = "xswu/HPSv2/HPS_v2.1_compressed.pt"  # a file, here or on the hub
     config.hps.tokenizer = "openai/clip-vit-large-patch14"  # CLIP's, of a folder or a hub id
+    config.count = ConfigDict()
+    config.count.detector = "emoji"  # folder or hub id of an OWL-ViT or OWLv2, or emoji
+    config.count.threshold = 0.2  # score at which a box is half counted
+    config.count.number = 0  # of each object; 0: what the prompt says
+    config.remove = ConfigDict()
+    config.remove.detector = "emoji"
+    config.remove.concept = ""  # what is to vanish, such as dog
     config.jpeg = ConfigDict()  # jpeg_compress and jpeg_incompress
     config.jpeg.quality = 95  # 1 to 100
 
@@ -197,6 +205,8 @@ def validate(config: ConfigDict) -> None:
     quality = config.jpeg.quality
     _check(1 <= quality <= 100, "jpeg.quality", quality, "in [1, 100]")
     _check(bool(config.lora.targets), "lora.targets", config.lora.targets, "not empty")
+    threshold = config.count.threshold
+    _check(0 < threshold < 1, "count.threshold", threshold, "in (0, 1)")
     sampler = config.sampler
     _check(0 <= sampler.eta <= 1, "sampler.eta", sampler.eta, "in [0, 1]")
     _check(

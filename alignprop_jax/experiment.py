@@ -95,7 +95,7 @@ def load_experiment(config: ConfigDict) -> Experiment:
 
 def _reward_options(config: ConfigDict, dtype: jnp.dtype) -> dict[str, dict[str, Any]]:
     """The arguments of every registered reward's factory."""
-    networks = ("aesthetic", "clip_score", "hps", "pickscore")
+    networks = ("aesthetic", "clip_score", "count", "hps", "pickscore", "remove")
     options = {name: {**config[name].to_dict(), "dtype": dtype} for name in networks}
     return options | dict.fromkeys(("jpeg_compress", "jpeg_incompress"), config.jpeg.to_dict())
 

@@ -4,8 +4,15 @@
 
 aesthetic: glossy 3D art scores high and flat art low, so the animals turn glossy; 5 minutes on 2
     cores. docs/over_optimization.md says how these settings were found.
+alignment: two animals in two colours, each as the prompt says.
 jpeg_compress: fewer kB as JPEG at quality 95.
 jpeg_incompress: more of them.
+count: two, three or four animals, as the prompt says.
+remove: dogs vanish from pictures of a dog and another animal, which stays.
+aesthetic_and_compress: glossy, and fewer kB.
+
+Most rewards are a sum with agreement with the prompt, which holds on to the animal. Weights and
+targets are in standard deviations of what the untrained model earns.
 """
 
 from ml_collections import ConfigDict
@@ -29,34 +36,77 @@ def get_config(variant: str = "aesthetic") -> ConfigDict:
     config.truncation.strategy = "full"
     config.truncation.max = 9
     config.remat = "none"
+    config.train.batch_size = 16
     _VARIANTS[variant](config)
+    # Four pictures of the way between before and after.
+    config.logging.image_every = config.train.num_steps // 4
     return config
 
 
 def _aesthetic(config: ConfigDict) -> None:
-    # The second part, agreement with the prompt, holds on to the animal.
-    config.reward = {"aesthetic": 1.0, "clip_score": 5.0}
-    config.loss.target = 13.0
-    config.train.num_steps = 44
-    config.train.batch_size = 16
+    config.reward = {"aesthetic": 1.0, "clip_score": 0.4}
+    config.loss.target = 3.0
+    config.train.num_steps = 42
     config.train.learning_rate = 2.5e-3
-    config.logging.image_every = 11
+
+
+def _alignment(config: ConfigDict) -> None:
+    _prompts(config, "colored_pairs")
+    config.reward = "clip_score"
+    config.loss.shape = "one_minus"
+    config.train.num_steps = 60
+    config.train.learning_rate = 1e-3
 
 
 def _jpeg_compress(config: ConfigDict) -> None:
-    config.reward = "jpeg_compress"
-    config.loss.shape = "negative"
-    config.train.num_steps = 40
-    config.logging.image_every = 10
+    config.reward = {"jpeg_compress": 1.0, "clip_score": 0.4}
+    config.loss.target = 2.5
+    config.train.num_steps = 30
+    config.train.learning_rate = 2e-3
 
 
 def _jpeg_incompress(config: ConfigDict) -> None:
-    _jpeg_compress(config)
-    config.reward = "jpeg_incompress"
+    config.reward = {"jpeg_incompress": 1.0, "clip_score": 0.4}
+    config.loss.target = 2.5
+    config.train.num_steps = 30
+    config.train.learning_rate = 2e-3
+
+
+def _count(config: ConfigDict) -> None:
+    _prompts(config, "animal_counts")
+    config.reward = "count"
+    config.loss.shape = "negative"
+    config.train.num_steps = 60
+    config.train.learning_rate = 1e-3
+    config.evaluation.samples_per_prompt = 2
+
+
+def _remove(config: ConfigDict) -> None:
+    _prompts(config, "animals_with_a_dog")
+    config.reward = "remove"
+    config.remove.concept = "dog"
+    config.loss.shape = "negative"
+    config.train.num_steps = 60
+    config.train.learning_rate = 1e-3
+
+
+def _aesthetic_and_compress(config: ConfigDict) -> None:
+    config.reward = {"aesthetic": 1.0, "jpeg_compress": 0.5, "clip_score": 0.3}
+    config.loss.target = 3.0
+    config.train.num_steps = 44
+    config.train.learning_rate = 2.5e-3
+
+
+def _prompts(config: ConfigDict, name: str) -> None:
+    config.prompts, config.eval_prompts = name, f"{name}_unseen"
 
 
 _VARIANTS = {
     "aesthetic": _aesthetic,
+    "alignment": _alignment,
     "jpeg_compress": _jpeg_compress,
     "jpeg_incompress": _jpeg_incompress,
+    "count": _count,
+    "remove": _remove,
+    "aesthetic_and_compress": _aesthetic_and_compress,
 }
