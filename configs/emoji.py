@@ -4,14 +4,11 @@
 
 aesthetic: glossy 3D art scores high and flat art low, so the animals turn glossy; 5 minutes on 2
     cores. docs/over_optimization.md says how these settings were found.
-alignment: two animals in two colours, each as the prompt says.
 jpeg_compress: fewer kB as JPEG at quality 95.
 jpeg_incompress: more of them.
-count: two, three or four animals, as the prompt says.
-remove: dogs vanish from pictures of a dog and another animal, which stays.
 aesthetic_and_compress: glossy, and fewer kB.
 
-Most rewards are a sum with agreement with the prompt, which holds on to the animal. Weights and
+Every reward is a sum with agreement with the prompt, which holds on to the animal. Weights and
 targets are in standard deviations of what the untrained model earns.
 """
 
@@ -50,14 +47,6 @@ def _aesthetic(config: ConfigDict) -> None:
     config.train.learning_rate = 2.5e-3
 
 
-def _alignment(config: ConfigDict) -> None:
-    _prompts(config, "colored_pairs")
-    config.reward = "clip_score"
-    config.loss.shape = "one_minus"
-    config.train.num_steps = 60
-    config.train.learning_rate = 1e-3
-
-
 def _jpeg_compress(config: ConfigDict) -> None:
     config.reward = {"jpeg_compress": 1.0, "clip_score": 0.4}
     config.loss.target = 2.5
@@ -72,24 +61,6 @@ def _jpeg_incompress(config: ConfigDict) -> None:
     config.train.learning_rate = 2e-3
 
 
-def _count(config: ConfigDict) -> None:
-    _prompts(config, "animal_counts")
-    config.reward = "count"
-    config.loss.shape = "negative"
-    config.train.num_steps = 60
-    config.train.learning_rate = 1e-3
-    config.evaluation.samples_per_prompt = 2
-
-
-def _remove(config: ConfigDict) -> None:
-    _prompts(config, "animals_with_a_dog")
-    config.reward = "remove"
-    config.remove.concept = "dog"
-    config.loss.shape = "negative"
-    config.train.num_steps = 60
-    config.train.learning_rate = 1e-3
-
-
 def _aesthetic_and_compress(config: ConfigDict) -> None:
     config.reward = {"aesthetic": 1.0, "jpeg_compress": 0.5, "clip_score": 0.3}
     config.loss.target = 3.0
@@ -97,16 +68,9 @@ def _aesthetic_and_compress(config: ConfigDict) -> None:
     config.train.learning_rate = 2.5e-3
 
 
-def _prompts(config: ConfigDict, name: str) -> None:
-    config.prompts, config.eval_prompts = name, f"{name}_unseen"
-
-
 _VARIANTS = {
     "aesthetic": _aesthetic,
-    "alignment": _alignment,
     "jpeg_compress": _jpeg_compress,
     "jpeg_incompress": _jpeg_incompress,
-    "count": _count,
-    "remove": _remove,
     "aesthetic_and_compress": _aesthetic_and_compress,
 }
