@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import transformers
 from flax.traverse_util import flatten_dict
 
 from alignprop_jax import pretrain
@@ -19,7 +20,7 @@ from alignprop_jax.weights import read_safetensors
 from configs import emoji_pretrain
 from tests.synthetic_scenes import make_sprites
 
-FIRST_PARTS = ("clip", "vision", "aesthetic_head", "vae", "unet")
+FIRST_PARTS = ("clip", "vision", "aesthetic_head", "detector", "vae", "unet", "unet_scenes")
 VAE = "vae/diffusion_pytorch_model.safetensors"
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
@@ -37,7 +38,7 @@ def nano_recipe(num_steps):
     config.vae.latent_channels = 4
     config.unet.channels = (16,)
     config.unet.num_heads = (2,)
-    config.unet.num_scenes = 64
+    config.unet.num_scenes = config.unet_scenes.num_scenes = 64
     return config
 
 
@@ -111,8 +112,22 @@ def test_aesthetic_reward_finds_clip_and_head(model):
 @pytest.mark.slow
 def test_started_again_it_trains_nothing_twice(model, run_parts):
     written = (model / UNET).read_bytes()
-    run_parts("unet")
+    run_parts("unet_scenes")
     assert (model / UNET).read_bytes() == written
+
+
+@pytest.mark.slow
+def test_detector_is_one_of_transformers(model):
+    reward = make_reward("count", None, {"count": {"detector": str(model / "detector")}})
+    inputs = reward.prepare(["two cats", "an ant"])
+    scores = reward.score(reward.params, jnp.ones((2, 64, 64, 3)), inputs)
+    assert scores.shape == (2,)
+    assert_all_finite(scores)
+    peer, info = transformers.OwlViTForObjectDetection.from_pretrained(
+        model / "detector", output_loading_info=True
+    )
+    assert peer.config.vision_config.patch_size == 32
+    assert not info["missing_keys"] and not info["unexpected_keys"]
 
 
 @pytest.mark.slow
