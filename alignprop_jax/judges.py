@@ -1,9 +1,9 @@
-"""Judges of generated emoji that no reward knows: what is in the picture, how
-many of it, and in which style.
+"""Judges of generated emoji that no reward knows: what is in it, how many, and in which style.
 
-Small convolutional networks trained on real emoji alone (`pretraining/train_judges.py`). They
-share neither architecture, weights nor seed with the CLIP that rewards come from, so that a picture
-which pleases the reward without having become what it should does not pass here.
+Networks trained on real emoji alone (`pretraining/train_judges.py`): small convolutional ones, and
+a CLIP of its own for agreement with the prompt. They share neither weights nor seed with what
+rewards come from, the convolutional ones not even the architecture, so that a picture which pleases
+the reward without having become what it should does not pass here.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from alignprop_jax.pretrained import resolve_model
 from alignprop_jax.prompt_objects import PromptObject, prompt_objects
 from alignprop_jax.rewards.clip_similarity import make_clip_score_reward
 from alignprop_jax.rewards.preprocess import crop_middle, resize_shorter_edge
-from alignprop_jax.weights import ParamTree, load_params
+from alignprop_jax.weights import ParamTree, load_params, save_params
 
 # Images [B, H, W, 3] float32 in [0, 1] and their prompts in, scores [B] out.
 Scorer = Callable[[np.ndarray, Sequence[str]], np.ndarray]
@@ -98,6 +98,12 @@ class Judge:
             ) from error
         abstract = ConvClassifier(len(classes)).abstract_params()
         return cls(classes, load_params(abstract, Path(folder) / f"{name}.safetensors"))
+
+    def save(self, folder: Path, name: str) -> "Judge":
+        """Writes `NAME.safetensors`; returns the judge as users will have it, in half precision."""
+        save_params(self.params, folder / f"{name}.safetensors", np.float16)
+        params = jax.tree.map(lambda x: x.astype(jnp.float16).astype(x.dtype), self.params)
+        return Judge(self.classes, params)
 
     def classify(self, images: Float[np.ndarray, "b h w 3"]) -> list[str]:
         """The most likely class of each image in [0, 1]."""

@@ -20,7 +20,7 @@ from alignprop_jax.models.clip import CLIPConfig, CLIPModel, CLIPTextModel
 from alignprop_jax.models.owlvit import OwlViT, OwlViTConfig
 from alignprop_jax.models.unet import UNet, UNetConfig
 from alignprop_jax.models.vae import AutoencoderKL, VAEConfig
-from alignprop_jax.pretrained import example_inputs, load_component
+from alignprop_jax.pretrained import initial_params, load_component
 from alignprop_jax.pretraining import export
 from alignprop_jax.pretraining.aesthetic_head import (
     aesthetic_loss,
@@ -112,7 +112,7 @@ def train_clip(config: ConfigDict, sprites: Sprites, workdir: Path, output: Path
         _recipe(config.clip),
         make_contrastive_loss(model),
         batches,
-        _init(model, config.seed),
+        initial_params(model, config.seed),
         workdir,
         config.seed,
     )
@@ -170,7 +170,7 @@ def train_detector(config: ConfigDict, sprites: Sprites, workdir: Path, output: 
     _, clip_params = load_component(CLIPModel, output / "clip")
     config_json = export.detector_config(export.clip_config(config.clip, tokenizer))
     model = OwlViT(OwlViTConfig.from_dict(config_json))
-    params = start_from_clip(_init(model, config.seed), clip_params)
+    params = start_from_clip(initial_params(model, config.seed), clip_params)
     towers = params["owlvit"]
     frozen = {name: tree for name, tree in towers.items() if name != "vision_model"}
     names = sprites.unique_names
@@ -201,7 +201,7 @@ def train_autoencoder(config: ConfigDict, sprites: Sprites, workdir: Path, outpu
         _recipe(config.vae),
         make_autoencoder_loss(model, config.vae.kl_weight),
         make_image_batches(SceneSampler(sprites), config.vae.batch_size),
-        _init(model, config.seed),
+        initial_params(model, config.seed),
         workdir,
         config.seed,
     )
@@ -262,7 +262,7 @@ def train_unet(
         model, start = load_component(UNet, output / "unet")
     else:
         model = UNet(UNetConfig.from_dict(config_json))
-        start = _with_residuals_off(_init(model, config.seed))
+        start = _with_residuals_off(initial_params(model, config.seed))
     params = fit(
         part,
         _recipe(recipe),
@@ -288,11 +288,6 @@ def _recipe(config: ConfigDict) -> Recipe:
         config.learning_rate,
         muon=config.get("muon", False),
     )
-
-
-def _init(model, seed: int):
-    inputs = [jnp.zeros(x.shape, x.dtype) for x in example_inputs(model)]
-    return jax.jit(model.init)(jax.random.key(seed), *inputs)["params"]
 
 
 def _with_residuals_off(params):

@@ -177,6 +177,12 @@ def abstract_params(module: nn.Module) -> ParamTree:
     return jax.eval_shape(module.init, jax.random.key(0), *example_inputs(module))["params"]
 
 
+def initial_params(module: nn.Module, seed: int) -> ParamTree:
+    """Random parameters of a model of this package, to train it from."""
+    inputs = [jnp.zeros(x.shape, x.dtype) for x in example_inputs(module)]
+    return jax.jit(module.init)(jax.random.key(seed), *inputs)["params"]
+
+
 def example_inputs(module: nn.Module) -> tuple[jax.ShapeDtypeStruct, ...]:
     """The smallest inputs, as shapes, with which a model of this package can be initialised."""
     config = module.config

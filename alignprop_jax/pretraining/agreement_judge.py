@@ -4,11 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from alignprop_jax.models.clip import CLIPConfig, CLIPModel
-from alignprop_jax.pretrained import example_inputs
+from alignprop_jax.pretrained import initial_params
 from alignprop_jax.pretraining import export
 from alignprop_jax.pretraining.captions import caption, caption_words
 from alignprop_jax.pretraining.contrastive import make_caption_batches, make_contrastive_loss
@@ -35,10 +34,9 @@ def train_agreement(sprites: Sprites, workdir: Path, output: Path) -> dict[str, 
     batches = make_caption_batches(
         SceneSampler(sprites, _MIXTURE), tokenizer, recipe.batch_size, 0.1, 0.15
     )
-    inputs = [jnp.zeros(x.shape, x.dtype) for x in example_inputs(model)]
-    params = jax.jit(model.init)(jax.random.key(_SEED), *inputs)["params"]
     loss = make_contrastive_loss(model)
-    params = fit("agreement", recipe, loss, batches, params, workdir, _SEED)
+    start = initial_params(model, _SEED)
+    params = fit("agreement", recipe, loss, batches, start, workdir, _SEED)
     export.write_clip_model(folder, config, params)
     return {"accuracy": _accuracy(folder, SceneSampler(sprites, _COLORED_PAIRS))}
 

@@ -129,22 +129,29 @@ def write_clip(output: Path, config: Mapping[str, Any], params) -> None:
 def write_clip_model(folder: Path, config: Mapping[str, Any], params) -> None:
     """Writes both towers and what images they take, but for the tokenizer."""
     write_model(folder, config, params, "model.safetensors")
-    _write_json(
-        folder / "preprocessor_config.json",
+    _write_image_processor(
+        folder,
         {
             "image_processor_type": "CLIPImageProcessor",
             "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
             "do_center_crop": True,
-            "do_convert_rgb": True,
-            "do_normalize": True,
-            "do_rescale": True,
-            "do_resize": True,
-            "image_mean": [0.5, 0.5, 0.5],
-            "image_std": [0.5, 0.5, 0.5],
-            "resample": 3,
             "size": {"shortest_edge": IMAGE_SIZE},
         },
     )
+
+
+def _write_image_processor(folder: Path, kind: Mapping[str, Any]) -> None:
+    """Writes preprocessor_config.json: which processor, and how all of ours see pictures."""
+    common = {
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "resample": 3,
+    }
+    _write_json(folder / "preprocessor_config.json", {**kind, **common})
 
 
 def detector_config(clip: Mapping[str, Any]) -> dict[str, Any]:
@@ -163,18 +170,11 @@ def detector_config(clip: Mapping[str, Any]) -> dict[str, Any]:
 def write_detector(output: Path, config: Mapping[str, Any], params) -> None:
     """Writes detector/, but for the tokenizer."""
     write_model(output / "detector", config, params, "model.safetensors")
-    _write_json(
-        output / "detector" / "preprocessor_config.json",
+    _write_image_processor(
+        output / "detector",
         {
             "image_processor_type": "OwlViTImageProcessor",
             "do_center_crop": False,
-            "do_convert_rgb": True,
-            "do_normalize": True,
-            "do_rescale": True,
-            "do_resize": True,
-            "image_mean": [0.5, 0.5, 0.5],
-            "image_std": [0.5, 0.5, 0.5],
-            "resample": 3,
             "size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
         },
     )

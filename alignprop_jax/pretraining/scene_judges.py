@@ -17,7 +17,6 @@ from alignprop_jax.pretraining.judge_pictures import make_scene_pictures
 from alignprop_jax.pretraining.scenes import Scene, SceneMixture, SceneSampler
 from alignprop_jax.pretraining.sprites import Sprites
 from alignprop_jax.prompt_lists import ANIMALS, ANIMALS_UNSEEN
-from alignprop_jax.weights import save_params
 
 _SEED = 2753  # of no other part of the project
 _MIXTURE = SceneMixture(single=0.25, count=0.45, pair=0.25, colored_pair=0.05)
@@ -97,10 +96,7 @@ def _train(
     params = {**Judge.load(output, "recognizer").params, "head": head}
     draw = partial(draw_labelled, scenes, label, recipe.batch_size)
     params = fit(name, recipe, loss_fn, draw, params, workdir, _SEED)
-    save_params(params, output / f"{name}.safetensors", np.float16)
-    # As users will have it, rounded to half precision.
-    params = jax.tree.map(lambda x: x.astype(jnp.float16).astype(x.dtype), params)
-    return Judge(classes, params)
+    return Judge(classes, params).save(output, name)
 
 
 def _num_empty(size: int) -> int:

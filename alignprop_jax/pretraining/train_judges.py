@@ -31,7 +31,7 @@ from alignprop_jax.pretraining.scene_judges import train_counter, train_finder
 from alignprop_jax.pretraining.scenes import SceneMixture, SceneSampler
 from alignprop_jax.pretraining.sprites import Sprites, load_sprites
 from alignprop_jax.prompt_lists import ANIMALS, ANIMALS_UNSEEN
-from alignprop_jax.weights import ParamTree, save_params
+from alignprop_jax.weights import ParamTree
 
 _SEED = 1729  # of no other part of the project
 
@@ -181,10 +181,7 @@ def _train(
         params = {**jax.tree.map(jnp.copy, features), "head": params["head"]}
     draw = partial(lesson.draw, size=recipe.batch_size)
     params = fit(name, recipe, loss_fn, draw, params, workdir, _SEED, checkpoint_every=100)
-    save_params(params, output / f"{name}.safetensors", np.float16)
-    # As users will have it, rounded to half precision.
-    params = jax.tree.map(lambda x: x.astype(jnp.float16).astype(x.dtype), params)
-    return Judge(lesson.classes, params)
+    return Judge(lesson.classes, params).save(output, name)
 
 
 def _pictures(lesson: Lesson, table, indices, key):
