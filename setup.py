@@ -21,6 +21,7 @@ setup(
     python_requires=">=3.11",
     install_requires=[
         "absl-py>=2.1,<3",
+        "etils[epath]>=1.12,<2",
         "flax>=0.12.8,<0.13",
         "huggingface_hub>=1.32,<3",
         "jax>=0.10,<0.11",
@@ -37,6 +38,8 @@ setup(
         "transformers>=5.23,<6",
     ],
     extras_require={
+        # A workdir in a bucket, gs://BUCKET/FOLDER.
+        "gcs": ["gcsfs>=2025.1"],
         # Weights that are published as pickles alone are read by PyTorch's safe loader.
         "pickle": ["torch>=2.6,<3"],
         # PyTorch and diffusers are what the tests compare with. ftfy is

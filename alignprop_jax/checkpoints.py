@@ -1,14 +1,16 @@
 """Checkpoints of what training changes: step, LoRA, optimizer, key; never the base weights."""
 
 import hashlib
-from pathlib import Path
+import math
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from alignprop_jax import sharding
 from alignprop_jax.errors import UserError
 
 State = TypeVar("State")
@@ -22,7 +24,8 @@ def make_fingerprint(model: str, dtype: str, unet_params: Any, lora: Any, alpha:
     """
     digest = hashlib.sha256()
     for layer in ("conv_in", "conv_out"):
-        digest.update(np.asarray(unet_params[layer]["kernel"], np.float32).tobytes())
+        kernel = sharding.gather(unet_params[layer]["kernel"])
+        digest.update(np.asarray(kernel, np.float32).tobytes())
     leaves = jax.tree_util.tree_leaves_with_path(lora)
     down = [(path, leaf) for path, leaf in leaves if path[-1].key == "down"]
     return {
@@ -36,20 +39,64 @@ def make_fingerprint(model: str, dtype: str, unet_params: Any, lora: Any, alpha:
     }
 
 
-class Checkpoints:
-    """The checkpoints of one run, written in the background; a half-written one is never read."""
+def restore(directory: epath.PathLike, step: int | None = None) -> dict[str, Any]:
+    """Reads a checkpoint of a run, on any machine, without its model.
 
-    def __init__(self, directory: Path, fingerprint: Fingerprint, keep: int):
-        """Opens `directory`, made when absent; of its checkpoints the newest `keep` stay.
+    Args:
+      directory: the folder "checkpoints" of a run.
+      step: which one; None for the newest.
+
+    Returns:
+      What training changes, as numpy arrays: "step", "lora", "opt_state", "key" and the counts of
+      steps that were skipped.
+
+    Raises:
+      UserError: there is no such checkpoint, or it cannot be read.
+    """
+    directory = epath.Path(directory)
+    names = directory.iterdir() if directory.is_dir() else ()
+    steps = sorted(int(path.name) for path in names if path.name.isdigit())
+    if not steps or (step is not None and step not in steps):
+        found = f"; there are {', '.join(map(str, steps))}" if steps else ""
+        raise UserError(f"no checkpoint {'' if step is None else step} in {directory}{found}")
+    path = directory.resolve() / str(steps[-1] if step is None else step)
+    try:
+        arrays = jax.tree.map(lambda _: np.empty(0), ocp.metadata(path).metadata)
+        return ocp.load(path, arrays)
+    except Exception as error:
+        raise _cannot_be_read(path, error) from error
+
+
+class Checkpoints:
+    """The checkpoints of one run, written in the background; a half-written one is never read.
+
+    All processes have to call every method.
+    """
+
+    def __init__(
+        self, directory: epath.PathLike, fingerprint: Fingerprint, keep: int, keep_best: int = 0
+    ):
+        """Opens `directory`, made when absent.
+
+        Args:
+          fingerprint: what the checkpoints have to be of.
+          keep: how many of the newest stay.
+          keep_best: how many stay besides, of those that were saved with a reward.
 
         Raises:
           UserError: the checkpoints there are of another model or another LoRA.
         """
-        self._directory = directory.resolve()
+        self._directory = epath.Path(directory).resolve()
         self._fingerprint = fingerprint
+        policies = ocp.training.preservation_policies
+        best = policies.BestN(
+            n=keep_best,
+            get_metric_fn=lambda metrics: metrics["reward"],
+            keep_checkpoints_without_metrics=False,
+        )
         self._checkpointer = ocp.training.Checkpointer(
             self._directory,
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
             cleanup_tmp_directories=True,
         )
         if self.latest_step is not None:
@@ -61,18 +108,29 @@ class Checkpoints:
         latest = self._checkpointer.latest
         return None if latest is None else latest.step
 
-    def save(self, step: int, state: Any) -> None:
-        """Starts to write `state`, waiting only for a checkpoint that is still being written."""
+    def save(self, step: int, state: Any, reward: float | None = None) -> None:
+        """Starts to write `state`, waiting only for a checkpoint that is still being written.
+
+        Args:
+          reward: how good it is, where that is known.
+        """
         if step == self.latest_step:
             return
         # A copy, because the next train step is free to overwrite the donated state in place.
         copy = jax.tree.map(jnp.copy, _without_typed_keys(state))
+        known = reward is not None and math.isfinite(reward)
         self._checkpointer.save_async(
-            step, copy, force=True, custom_metadata={"fingerprint": self._fingerprint}
+            step,
+            copy,
+            force=True,
+            metrics={"reward": reward} if known else None,
+            custom_metadata={"fingerprint": self._fingerprint},
         )
 
     def restore(self, state: State) -> State:
         """Returns the newest checkpoint, with the structure and shardings of `state`.
+
+        It may have been written on another number of devices or hosts.
 
         Raises:
           UserError: the checkpoint cannot be read.
@@ -84,10 +142,8 @@ class Checkpoints:
         try:
             restored = self._checkpointer.load(self.latest_step, abstract)
         except Exception as error:
-            raise UserError(
-                f"checkpoint {self._directory / str(self.latest_step)} cannot be read "
-                f"({type(error).__name__}); remove that folder to resume from the one before it"
-            ) from error
+            path = self._directory / str(self.latest_step)
+            raise _cannot_be_read(path, error) from error
         return jax.tree.map(_with_key_type_of, state, restored)
 
     def close(self) -> None:
@@ -103,6 +159,13 @@ class Checkpoints:
                     f"checkpoint {self._directory / str(self.latest_step)} has {name} "
                     f"{saved.get(name)}, this run {value}; give this run another --workdir"
                 )
+
+
+def _cannot_be_read(path: epath.Path, error: Exception) -> UserError:
+    return UserError(
+        f"checkpoint {path} cannot be read ({type(error).__name__}); "
+        "remove that folder to resume from the one before it"
+    )
 
 
 def _is_typed_key(leaf: jax.Array) -> bool:

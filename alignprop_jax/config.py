@@ -37,6 +37,7 @@ _POSITIVE = (
     "train.max_grad_norm",
     "evaluation.samples_per_prompt",
     "checkpoint.keep",
+    "mesh.fsdp",
 )
 _NOT_NEGATIVE = (
     "train.weight_decay",
@@ -44,6 +45,7 @@ _NOT_NEGATIVE = (
     "train.microbatch_size",
     "evaluation.every",
     "checkpoint.every",
+    "checkpoint.keep_best",
     "logging.image_every",
     "count.number",
     "sampler.height",
@@ -130,9 +132,15 @@ def default_config() -> ConfigDict:
     config.attention = "auto"  # kernel (flash attention, on TPUs alone), blocks (of queries), plain
     config.dtype = "float32"  # of frozen weights and activations; LoRA is always float32
 
+    config.mesh = ConfigDict()
+    # Devices that share one copy of the frozen weights, for models that do not fit on each; slower,
+    # and of use with remat=step or block.
+    config.mesh.fsdp = 1
+
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 20  # updates between checkpoints; 0: at the end only
     config.checkpoint.keep = 2  # newest checkpoints to keep
+    config.checkpoint.keep_best = 0  # and those of best reward on eval_prompts, where evaluated
 
     config.logging = ConfigDict()
     config.logging.tensorboard = True
@@ -220,6 +228,12 @@ def validate(config: ConfigDict) -> None:
     _check(0 <= sampler.eta <= 1, "sampler.eta", sampler.eta, "in [0, 1]")
     _check(
         sampler.guidance_scale >= 1, "sampler.guidance_scale", sampler.guidance_scale, "1 or more"
+    )
+    _check(
+        config.checkpoint.keep_best == 0 or config.evaluation.every > 0,
+        "checkpoint.keep_best",
+        config.checkpoint.keep_best,
+        "0 where config.evaluation.every=0: rewards are what tells which is best",
     )
     Truncation(**config.truncation).check(sampler.num_steps)
     microbatch_size, batch_size = config.train.microbatch_size, config.train.batch_size

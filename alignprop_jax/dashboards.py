@@ -1,13 +1,15 @@
 """Scalars and pictures for TensorBoard and Weights & Biases."""
 
 import uuid
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from etils import epath
 from PIL import Image
 
+from alignprop_jax.distributed import is_main
 from alignprop_jax.errors import UserError
+from alignprop_jax.metrics import in_bucket
 
 
 class Dashboard(Protocol):
@@ -24,14 +26,18 @@ class Dashboard(Protocol):
 
 
 def open_dashboards(
-    workdir: Path, config: dict[str, Any], first_step: int, *, tensorboard: bool, wandb: bool
+    workdir: epath.Path, config: dict[str, Any], first_step: int, *, tensorboard: bool, wandb: bool
 ) -> list[Dashboard]:
     """Opens the dashboards that are switched on; `first_step` is the first they will be given.
+
+    There are none but in the main process.
 
     Raises:
       UserError: Weights & Biases is wanted and not installed.
     """
     dashboards: list[Dashboard] = []
+    if not is_main():
+        return dashboards
     if wandb:
         dashboards.append(WeightsAndBiases(workdir, config))
     if tensorboard:
@@ -42,7 +48,7 @@ def open_dashboards(
 class TensorBoard:
     """Event files for `tensorboard --logdir`."""
 
-    def __init__(self, folder: Path, first_step: int):
+    def __init__(self, folder: epath.Path, first_step: int):
         # It takes seconds to import, which a mistyped flag should not cost.
         from tensorboardX import SummaryWriter
 
@@ -63,7 +69,7 @@ class TensorBoard:
 class WeightsAndBiases:
     """A run on Weights & Biases, continued when the workdir already has one."""
 
-    def __init__(self, workdir: Path, config: dict[str, Any]):
+    def __init__(self, workdir: epath.Path, config: dict[str, Any]):
         try:
             import wandb
         except ImportError as error:
@@ -79,7 +85,8 @@ class WeightsAndBiases:
             name=workdir.name,
             id=id_file.read_text(encoding="utf-8"),
             resume="allow",
-            dir=str(workdir),
+            # Its own files are local ones.
+            dir=None if in_bucket(workdir) else str(workdir),
             config=config,
         )
 

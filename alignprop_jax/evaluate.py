@@ -8,12 +8,15 @@ early steps alone. The samples have the prompts and the noise of the evaluations
 DIR/evaluation.json gets the scores, DIR/images the pictures.
 """
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from absl import flags
+from etils import epath
 from ml_collections import ConfigDict
 
+from alignprop_jax import distributed
 from alignprop_jax.compilation import enable_compilation_cache
 from alignprop_jax.config import define_config_flag, validate
 from alignprop_jax.errors import UserError, run_program
@@ -21,7 +24,7 @@ from alignprop_jax.evaluation import make_evaluator, make_judges, summarize
 from alignprop_jax.experiment import load_experiment
 from alignprop_jax.images import columns_for, make_grid
 from alignprop_jax.judges import Scorer
-from alignprop_jax.metrics import write_json
+from alignprop_jax.metrics import in_bucket, write_json
 from alignprop_jax.mixing import BASE_MODEL, LoraMix, define_lora_flags
 from alignprop_jax.standardization import standardize_parts
 from alignprop_jax.workdir import Workdir
@@ -29,7 +32,7 @@ from alignprop_jax.workdir import Workdir
 
 def evaluate(
     config: ConfigDict,
-    path: Path,
+    path: epath.PathLike,
     lora: LoraMix,
     scorers: dict[str, Scorer] | None = None,
 ) -> dict[str, Any]:
@@ -62,17 +65,21 @@ def evaluate(
             f"{name}_evaluation", make_grid(evaluation.images, split.prompts, columns)
         )
         results[name] = summarize(evaluation)
-    write_json(path / "evaluation.json", results)
+    write_json(workdir.path / "evaluation.json", results)
     return results
 
 
 def find_lora(workdir: Workdir) -> str:
-    """Returns the file that training left; UserError when there is none."""
+    """Returns the file that training left, or a copy from the bucket; UserError without one."""
     if not workdir.lora.exists():
         raise UserError(
             f"no LoRA in {workdir.lora}; train first, or give --lora=FILE or --lora={BASE_MODEL}"
         )
-    return str(workdir.lora)
+    if not in_bucket(workdir.lora):
+        return str(workdir.lora)
+    local = Path(tempfile.mkdtemp()) / workdir.lora.name
+    local.write_bytes(workdir.lora.read_bytes())
+    return str(local)
 
 
 def describe(results: dict[str, Any]) -> str:
@@ -94,5 +101,7 @@ if __name__ == "__main__":
     _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=True)
     _read_lora = define_lora_flags()
     run_program(
-        lambda argv: print(describe(evaluate(_CONFIG.value, Path(_WORKDIR.value), _read_lora())))
+        distributed.on_every_host(
+            lambda argv: print(describe(evaluate(_CONFIG.value, _WORKDIR.value, _read_lora())))
+        )
     )

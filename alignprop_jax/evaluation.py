@@ -11,6 +11,7 @@ from jaxtyping import Key, PyTree
 from ml_collections import ConfigDict
 
 from alignprop_jax import sharding
+from alignprop_jax.distributed import is_main
 from alignprop_jax.experiment import Experiment, Split, make_keys
 from alignprop_jax.file_size import jpeg_kilobytes
 from alignprop_jax.images import to_uint8
@@ -110,7 +111,7 @@ class Evaluator:
         """An evaluator by the same programs whose sum of rewards has these statistics."""
         evaluator, experiment = copy.copy(self), self.experiment
         reward = standardize(experiment.reward, statistics)
-        params = jax.device_put(reward.params, sharding.replicated(experiment.mesh))
+        params = sharding.put(reward.params, sharding.of_frozen(reward.params, experiment.mesh))
         reward = dataclasses.replace(reward, params=params)
         evaluator.experiment = dataclasses.replace(experiment, reward=reward)
         return evaluator
@@ -126,10 +127,11 @@ class Evaluator:
         samples = rows // len(split.prompts)
         padding = (0, self._batch_size - len(rows))
         prompts, samples = (
-            jax.device_put(np.pad(x, padding, mode="edge").astype(np.int32), self._rows_sharding)
+            sharding.put(np.pad(x, padding, mode="edge").astype(np.int32), self._rows_sharding)
             for x in (prompts, samples)
         )
         experiment = self.experiment
+        lora = sharding.put(lora, sharding.replicated(experiment.mesh))
         conditioning, inputs = jax.tree.map(
             lambda table: table[prompts], (split.table.conditioning, split.table.reward_inputs)
         )
@@ -143,7 +145,7 @@ class Evaluator:
             lora_timesteps,
         )
         rewards = self._score_rewards(experiment.reward.params, images, inputs)
-        return np.asarray(images), jax.tree.map(np.asarray, rewards)
+        return sharding.gather((images, rewards))
 
     def _sample_rows(
         self, key, params, lora, conditioning, uncond, prompts, samples, lora_timesteps
@@ -181,8 +183,11 @@ def make_judges(config: ConfigDict) -> dict[str, Scorer]:
     """Loads what judges the samples of a config besides its reward, by name.
 
     Those of its model (see `judges.load_judges`), "jpeg_kb" for a reward on the size of files, and
-    those of what is to be removed (`judges.removal_judges`).
+    those of what is to be removed (`judges.removal_judges`). The main process judges, which
+    writes what they say; elsewhere there are none.
     """
+    if not is_main():
+        return {}
     judges = find_judges(config.model)
     rewards = [config.reward] if isinstance(config.reward, str) else list(config.reward)
     if any(name.startswith("jpeg_") for name in rewards):

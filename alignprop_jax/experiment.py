@@ -55,7 +55,7 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """The frozen parts of a run; their arrays are on every device of the mesh."""
+    """The frozen parts of a run; their arrays lie on the mesh."""
 
     mesh: Mesh
     sd: StableDiffusion
@@ -65,15 +65,18 @@ class Experiment:
     splits: dict[str, Split]
 
 
-def load_experiment(config: ConfigDict) -> Experiment:
+def load_experiment(config: ConfigDict, mesh: Mesh | None = None) -> Experiment:
     """Loads a validated config.
 
     The text encoder runs here, once for every prompt, and is not kept.
 
+    Args:
+      mesh: of the devices to use; None for all of them, as `config.mesh` says.
+
     Raises:
       UserError: the model, the prompts or the reward cannot be loaded or do not fit together.
     """
-    mesh = sharding.make_mesh()
+    mesh = mesh or sharding.make_mesh(config.mesh.fsdp)
     # What is quick to find wrong comes before weights are read.
     prompts = {TRAIN: load_prompts(config.prompts), UNSEEN: load_prompts(config.eval_prompts)}
     dtype = jnp.dtype(config.dtype)
@@ -92,13 +95,14 @@ def load_experiment(config: ConfigDict) -> Experiment:
         stop = start + len(texts)
         table = PromptTable(encoded[start:stop], encoded[:1], reward.prepare(texts))
         start = stop
-        splits[name] = Split(texts, jax.device_put(table, everywhere))
+        splits[name] = Split(texts, sharding.put(table, everywhere))
     frozen = {"unet": params["unet"], "vae": params["vae"]}
+    reward_params = sharding.put(reward.params, sharding.of_frozen(reward.params, mesh))
     return Experiment(
         mesh=mesh,
         sd=sd,
-        params=jax.device_put(frozen, everywhere),
-        reward=dataclasses.replace(reward, params=jax.device_put(reward.params, everywhere)),
+        params=sharding.put(frozen, sharding.of_frozen(frozen, mesh)),
+        reward=dataclasses.replace(reward, params=reward_params),
         sample=sample,
         splits=splits,
     )

@@ -5,6 +5,7 @@ import math
 from jaxtyping import PyTree
 
 from alignprop_jax.dashboards import Dashboard
+from alignprop_jax.distributed import on_main
 from alignprop_jax.evaluation import Evaluation, Evaluator, summarize
 from alignprop_jax.experiment import TRAIN, Split
 from alignprop_jax.images import columns_for, make_comparison, make_grid
@@ -14,7 +15,10 @@ from alignprop_jax.workdir import Workdir
 
 
 class Reports:
-    """Writes what an evaluator finds to the workdir and to every dashboard."""
+    """Writes what an evaluator finds to the workdir and to every dashboard.
+
+    All processes take part in the evaluation. The main one writes.
+    """
 
     def __init__(
         self,
@@ -39,20 +43,25 @@ class Reports:
         for name, split in self._splits.items():
             description = f"{name} prompts {when}"
             evaluation = self._evaluator.evaluate(scaled, split, self._judges, description)
-            record = summarize(evaluation)
-            self._workdir.evaluations.append({"step": step, "split": name, **record})
-            means = {
-                f"{name}/{key.removesuffix('_mean')}": value
-                for key, value in record.items()
-                if key.endswith("_mean")
-            }
-            self.scalars(step, means)
-            columns = columns_for(len(split.prompts))
-            grid = make_grid(evaluation.images, split.prompts, columns)
-            self._picture(step, f"{name}_{when}", name, grid)
+            self._record(step, name, evaluation, f"{name}_{when}")
             evaluations[name] = evaluation
         return evaluations
 
+    @on_main
+    def _record(self, step: int, name: str, evaluation: Evaluation, picture: str) -> None:
+        record = summarize(evaluation)
+        self._workdir.evaluations.append({"step": step, "split": name, **record})
+        means = {
+            f"{name}/{key.removesuffix('_mean')}": value
+            for key, value in record.items()
+            if key.endswith("_mean")
+        }
+        self.scalars(step, means)
+        columns = columns_for(len(evaluation.prompts))
+        grid = make_grid(evaluation.images, evaluation.prompts, columns)
+        self._picture(step, picture, name, grid)
+
+    @on_main
     def compare(self, step: int, evaluations: dict[str, Evaluation]) -> None:
         """Draws every prompt before training beside the same prompt and noise now."""
         for name, before in self._workdir.load_before().items():

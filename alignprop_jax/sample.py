@@ -17,6 +17,7 @@ from absl import flags
 from jaxtyping import Array, Float, Key
 
 from alignprop_jax.compilation import enable_compilation_cache
+from alignprop_jax.distributed import on_every_host, on_main
 from alignprop_jax.errors import UserError, run_program
 from alignprop_jax.experiment import encode
 from alignprop_jax.images import save_images
@@ -108,6 +109,7 @@ def read_latents(path: Path, number: int, shape: tuple[int, int, int]) -> Float[
     return jnp.asarray(latents, jnp.float32).transpose(0, 2, 3, 1)
 
 
+@on_main
 def write_output(path: Path, images: Float[np.ndarray, "b H W 3"], prompts: list[str]) -> None:
     """Writes a .npy file, or a folder of PNGs for any other name.
 
@@ -168,4 +170,4 @@ if __name__ == "__main__":
     _ETA = flags.DEFINE_float("eta", 0.0, "noise of DDIM", lower_bound=0, upper_bound=1)
     _SEED = flags.DEFINE_integer("seed", 0, "of the noise", lower_bound=0)
     _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "images at a time", lower_bound=1)
-    run_program(main)
+    run_program(on_every_host(main))

@@ -100,9 +100,14 @@ def make_sampler(
         raise UserError(f"remat is {remat!r}; supported: {', '.join(REMAT_POLICIES)}")
     guided = guidance_scale != 1.0
     steps = sd.scheduler.plan(num_steps, eta)
+    recompute = remat != "none"
 
     def denoise(lora, x_t, constants):
         unet_params, conditioning, timestep = constants
+        if recompute:
+            # Weights that are split over devices are to be gathered here, layer by layer. XLA would
+            # do so once for all steps, and keep them whole.
+            unet_params, x_t = jax.lax.optimization_barrier((unet_params, x_t))
         variables = (
             {"params": unet_params} if lora is None else {"params": unet_params, "lora": lora}
         )
@@ -112,7 +117,7 @@ def make_sampler(
         unconditional, conditional = output[0::2], output[1::2]
         return unconditional + guidance_scale * (conditional - unconditional)
 
-    gated_denoise = gate_gradient(denoise, recompute=remat != "none")
+    gated_denoise = gate_gradient(denoise, recompute)
 
     def sample(
         params: Params,

@@ -1,6 +1,11 @@
-"""The mesh of devices, and how arrays lie on it."""
+"""The mesh of devices, and how arrays and computations lie on it."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from alignprop_jax.errors import UserError
@@ -15,9 +20,23 @@ DATA_AXES = ("data", "fsdp")
 ATTENTION = {"plain": attend, "blocks": attend_in_blocks, "kernel": attend_by_kernel}
 
 
-def make_mesh() -> Mesh:
-    """Returns the mesh of all devices, data x fsdp; every device takes its share of the batch."""
-    return jax.make_mesh((jax.device_count(), 1), DATA_AXES, axis_types=(AxisType.Auto,) * 2)
+def make_mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Returns the mesh data x fsdp; every device takes its share of the batch.
+
+    Args:
+        fsdp: over how many devices the frozen weights are split; 1 for a copy on each.
+        devices: those to use; None for all, on all hosts.
+
+    Raises:
+        UserError: the devices do not divide into groups of `fsdp`.
+    """
+    devices = jax.devices() if devices is None else devices
+    if len(devices) % fsdp:
+        raise UserError(
+            f"config.mesh.fsdp={fsdp} must divide the number of devices, {len(devices)}"
+        )
+    shape = (len(devices) // fsdp, fsdp)
+    return jax.make_mesh(shape, DATA_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -28,6 +47,86 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def over_batch(mesh: Mesh) -> NamedSharding:
     """The leading axis is split over all devices."""
     return NamedSharding(mesh, PartitionSpec(DATA_AXES))
+
+
+def of_frozen(weights: Any, mesh: Mesh) -> Any:
+    """Shardings of frozen weights: a kernel is split over `fsdp`, on its longest axis that can be.
+
+    A device gathers a kernel when it gets to its layer. Biases and norms, which are small, lie on
+    every device.
+    """
+    size = mesh.shape["fsdp"]
+
+    def sharding(leaf) -> NamedSharding:
+        axes = [axis for axis, length in enumerate(leaf.shape) if length % size == 0]
+        if size == 1 or leaf.ndim < 2 or not axes:
+            return replicated(mesh)
+        names: list[str | None] = [None] * leaf.ndim
+        names[max(axes, key=lambda axis: leaf.shape[axis])] = "fsdp"
+        return NamedSharding(mesh, PartitionSpec(*names))
+
+    return jax.tree.map(sharding, weights)
+
+
+def put(tree: Any, shardings: Any) -> Any:
+    """Lays out arrays of the host, which have to be the same on every host, over devices.
+
+    Args:
+        tree: of arrays, typed keys too.
+        shardings: one for all, or a tree of them.
+    """
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
+    if isinstance(shardings, NamedSharding):
+        shardings = jax.tree.map(lambda _: shardings, tree)
+
+    # device_put would compare the arrays of all hosts, and send every weight to each for that.
+    def place(x, sharding):
+        if getattr(x, "sharding", None) == sharding:
+            return x
+        is_key = isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+        local = x if is_key else np.asarray(x)
+        return jax.make_array_from_callback(local.shape, sharding, lambda index: local[index])
+
+    return jax.tree.map(place, tree, shardings)
+
+
+def gather(tree: Any) -> Any:
+    """Returns arrays that lie on the mesh as numpy arrays, whole and on every host."""
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def split_batch(mesh: Mesh) -> Callable[[Callable], Callable]:
+    """Returns what makes a function of a batch run on every device with its share of the batch.
+
+    The function is `function(whole, batch) -> (means, rows)`: `whole` are arrays that do not belong
+    to an image, `batch` and `rows` have the images as their leading axis, and `means` are means
+    over them. Devices exchange nothing but the means, and these once, when the function has
+    returned: left to itself, XLA would add up a gradient over devices in each turn of a loop.
+    With fsdp it is left to itself: it has to gather weights in each turn, which are much larger.
+    """
+
+    def split(function: Callable) -> Callable:
+        def on_share(whole, batch):
+            means, rows = function(whole, batch)
+            return jax.lax.pmean(means, DATA_AXES), rows
+
+        def on_all(whole, batch):
+            return function(whole, jax.lax.with_sharding_constraint(batch, over_batch(mesh)))
+
+        if mesh.shape["fsdp"] > 1:
+            return on_all
+        whole, images = PartitionSpec(), PartitionSpec(DATA_AXES)
+        return jax.shard_map(
+            on_share,
+            mesh=mesh,
+            in_specs=(whole, images),
+            out_specs=(whole, images),
+            # Rewards are anybody's code, and need not say which of their constants vary.
+            check_vma=False,
+        )
+
+    return split
 
 
 def check_batch_size(key: str, batch_size: int, mesh: Mesh) -> None:
@@ -51,8 +150,16 @@ def choose_attention(name: str, mesh: Mesh) -> Attend:
         return ATTENTION[name]
     if not on_tpu:
         raise UserError("config.attention=kernel is for TPUs; take blocks, or auto, here")
-    # XLA cannot divide a kernel's work among devices: each is given its own images.
+    return on_each_device(attend_by_kernel, mesh)
+
+
+def on_each_device(attend: Attend, mesh: Mesh) -> Attend:
+    """Attention that each device computes for its own images: XLA cannot divide a kernel's work."""
     images = PartitionSpec(DATA_AXES)
-    return jax.shard_map(
-        attend_by_kernel, mesh=mesh, in_specs=images, out_specs=images, check_vma=False
-    )
+    split = jax.shard_map(attend, mesh=mesh, in_specs=images, out_specs=images, check_vma=False)
+
+    def attend_to_own(query, key, value):
+        already_split = jax.sharding.get_abstract_mesh().manual_axes
+        return (attend if already_split else split)(query, key, value)
+
+    return attend_to_own

@@ -2,6 +2,7 @@
 
 import json
 
+from alignprop_jax.distributed import from_main, is_main
 from alignprop_jax.evaluation import Evaluator
 from alignprop_jax.experiment import TRAIN, Split
 from alignprop_jax.metrics import write_json
@@ -22,7 +23,8 @@ def standardize_parts(evaluator: Evaluator, workdir: Workdir) -> Evaluator:
     if not names:
         return evaluator
     path = workdir.reward_parts
-    known = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    written = is_main() and path.exists()
+    known = from_main(json.loads(path.read_text("utf-8")) if written else {})
     if set(names) - known.keys():
         known = {**_measure(evaluator), **known}
         write_json(path, {name: known[name] for name in names})

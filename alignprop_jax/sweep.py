@@ -12,12 +12,13 @@ on its own, shows curves and pictures behind a slider for either.
 import copy
 import itertools
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from absl import flags
+from etils import epath
 from ml_collections import ConfigDict
 
+from alignprop_jax import distributed
 from alignprop_jax.compilation import enable_compilation_cache
 from alignprop_jax.config import define_config_flag, validate
 from alignprop_jax.errors import run_program
@@ -36,7 +37,7 @@ from alignprop_jax.workdir import Workdir
 
 def sweep(
     config: ConfigDict,
-    path: Path,
+    path: epath.PathLike,
     files: Sequence[str],
     *,
     rewards: Sequence[str] = (),
@@ -90,7 +91,7 @@ def sweep(
             lines.append(settings | summarize(evaluation))
             pictures.append(evaluation.images[:MOST_PICTURES])
             progress.update()
-    records = lines.read()
+    records = distributed.from_main(lines.read())
     write_page(
         workdir.path / "sweep.html",
         records,
@@ -123,13 +124,13 @@ def main(argv: list[str]) -> None:
     del argv
     records = sweep(
         _CONFIG.value,
-        Path(_WORKDIR.value),
+        _WORKDIR.value,
         _LORA.value,
         rewards=_REWARDS.value,
         points=_POINTS.value,
         ranges=[parse_timesteps(text) for text in _RANGES.value],
     )
-    print(f"{len(records)} points; see {Path(_WORKDIR.value) / 'sweep.html'}")
+    print(f"{len(records)} points; see {epath.Path(_WORKDIR.value) / 'sweep.html'}")
 
 
 if __name__ == "__main__":
@@ -146,4 +147,4 @@ if __name__ == "__main__":
         "HIGH:LOW, timesteps at which the LoRAs are on, both ends included; may be repeated; "
         "by default seven ranges, from the first quarter of the denoising to the last",
     )
-    run_program(main)
+    run_program(distributed.on_every_host(main))

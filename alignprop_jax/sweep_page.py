@@ -8,8 +8,10 @@ from importlib import resources
 from pathlib import Path
 
 import numpy as np
+from etils import epath
 from PIL import Image
 
+from alignprop_jax.distributed import on_main
 from alignprop_jax.lora_file import LORA_FILE
 from alignprop_jax.metrics import Record, write_atomically
 
@@ -19,8 +21,9 @@ _TEMPLATE = resources.files("alignprop_jax") / "assets" / "sweep.html"
 _PLACEHOLDER = '"SWEEP"'
 
 
+@on_main
 def write_page(
-    path: Path,
+    path: Path | epath.Path,
     records: Sequence[Record],
     pictures: Sequence[np.ndarray],
     *,

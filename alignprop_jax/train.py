@@ -3,20 +3,21 @@
     python -m alignprop_jax.train --config=configs/emoji.py:aesthetic --workdir=runs/aesthetic
 
 The same command on the same folder resumes a run, to the same numbers as if it had never stopped.
+On a pod it is given to every host (docs/multihost.md), and the folder may be gs://BUCKET/FOLDER.
 """
 
 import contextlib
 import functools
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import optax
 from absl import flags
+from etils import epath
 from ml_collections import ConfigDict
 
-from alignprop_jax import sharding
+from alignprop_jax import distributed, sharding
 from alignprop_jax.algorithms.alignprop import make_train_step
 from alignprop_jax.algorithms.optimizer import make_optimizer
 from alignprop_jax.checkpoints import Checkpoints, make_fingerprint
@@ -25,9 +26,8 @@ from alignprop_jax.config import define_config_flag, validate
 from alignprop_jax.dashboards import open_dashboards
 from alignprop_jax.errors import UserError, run_program
 from alignprop_jax.evaluation import Evaluator, make_evaluator, make_judges
-from alignprop_jax.experiment import TRAIN, Experiment, load_experiment, make_keys
+from alignprop_jax.experiment import TRAIN, UNSEEN, Experiment, load_experiment, make_keys
 from alignprop_jax.lora import count_parameters, init_lora
-from alignprop_jax.lora_file import save_lora
 from alignprop_jax.losses import make_loss
 from alignprop_jax.metrics import Record
 from alignprop_jax.progress import progress_bar
@@ -46,8 +46,10 @@ _RECORDED = ("reward_mean", "reward_std", "loss", "grad_norm", "step_seconds", "
 TrainStep = Callable[[TrainState], tuple[TrainState, dict[str, jax.Array]]]
 
 
-def train(config: ConfigDict, path: Path) -> None:
+def train(config: ConfigDict, path: epath.PathLike) -> None:
     """Runs or resumes the run of `config` in the folder `path`.
+
+    After SIGTERM it makes a checkpoint at the next step and returns.
 
     Raises:
       UserError: the config, a file it names or the folder cannot be used; or the gradient was not
@@ -61,11 +63,12 @@ def train(config: ConfigDict, path: Path) -> None:
     experiment = evaluator.experiment
     state = create_state(config, experiment)
     with contextlib.closing(open_checkpoints(config, workdir, experiment, state)) as checkpoints:
-        resumed = checkpoints.latest_step is not None
+        resumed = distributed.from_main(checkpoints.latest_step) is not None
         if resumed:
             state = checkpoints.restore(state)
         first_step = int(state.step)
-        if first_step >= config.train.num_steps and workdir.load_summary():
+        finished = distributed.from_main(workdir.load_summary() is not None)
+        if first_step >= config.train.num_steps and finished:
             print(f"already finished: {describe_result(workdir)}")
             return
         if first_step > config.train.num_steps:
@@ -84,13 +87,17 @@ def train(config: ConfigDict, path: Path) -> None:
             if not resumed:
                 workdir.save_before(reports.evaluate(0, state.lora, "before"))
             state = run_steps(config, train_step, state, workdir, reports, checkpoints)
+            if int(state.step) < config.train.num_steps:
+                print(f"stopped after step {int(state.step)}; the same command resumes the run")
+                return
             metadata = {"base_model": config.model, "reward": experiment.reward.name}
-            save_lora(workdir.lora, state.lora, config.lora.alpha, metadata)
+            workdir.save_lora(sharding.gather(state.lora), config.lora.alpha, metadata)
             evaluate_after(int(state.step), state, workdir, reports)
-    seconds_earlier = sum(seconds_of_steps(workdir)[:first_step])
-    seconds_total = time.perf_counter() - began + seconds_earlier
-    workdir.save_summary(summarize(config, workdir, seconds_compile, seconds_total))
-    print(describe_result(workdir))
+    if distributed.is_main():
+        seconds_earlier = sum(seconds_of_steps(workdir)[:first_step])
+        seconds_total = time.perf_counter() - began + seconds_earlier
+        workdir.save_summary(summarize(config, workdir, seconds_compile, seconds_total))
+        print(describe_result(workdir))
 
 
 def create_state(config: ConfigDict, experiment: Experiment) -> TrainState:
@@ -98,7 +105,7 @@ def create_state(config: ConfigDict, experiment: Experiment) -> TrainState:
     keys, settings = make_keys(config.train.seed), config.lora
     lora = init_lora(keys.lora, experiment.params["unet"], settings.rank, settings.targets)
     state = create_train_state(lora, optimizer_of(config), keys.train)
-    return jax.device_put(state, sharding.replicated(experiment.mesh))
+    return sharding.put(state, sharding.replicated(experiment.mesh))
 
 
 def optimizer_of(config: ConfigDict) -> optax.GradientTransformation:
@@ -121,7 +128,8 @@ def open_checkpoints(
     fingerprint = make_fingerprint(
         config.model, config.dtype, experiment.params["unet"], state.lora, config.lora.alpha
     )
-    return Checkpoints(workdir.checkpoints, fingerprint, config.checkpoint.keep)
+    settings = config.checkpoint
+    return Checkpoints(workdir.checkpoints, fingerprint, settings.keep, settings.keep_best)
 
 
 def open_reports(
@@ -173,7 +181,7 @@ def compile_train_step(
         lora_scale=config.lora.alpha / config.lora.rank,
         batch_size=config.train.batch_size,
         microbatch_size=config.train.microbatch_size,
-        batch_sharding=sharding.over_batch(experiment.mesh),
+        split_batch=sharding.split_batch(experiment.mesh),
     )
     everywhere = sharding.replicated(experiment.mesh)
     jitted = jax.jit(train_step, donate_argnums=3, out_shardings=everywhere)
@@ -196,11 +204,14 @@ def run_steps(
 ) -> TrainState:
     """Trains from the state's step to the last, recording, evaluating and checkpointing.
 
+    Returns the state after the last step, or after the one at which the machine was to be given up.
+
     Raises:
       UserError: the gradient was not finite `MAX_SKIPPED_IN_A_ROW` steps in a row.
     """
     first_step, num_steps = int(state.step), config.train.num_steps
-    with progress_bar(num_steps, "training", "step", initial=first_step) as progress:
+    bar = progress_bar(num_steps, "training", "step", initial=first_step)
+    with bar as progress, distributed.preemption_notice() as preempted:
         for step in range(first_step + 1, num_steps + 1):
             began = time.perf_counter()
             state, metrics = train_step(state)
@@ -213,12 +224,18 @@ def run_steps(
             stop_if_hopeless(metrics, step, checkpoints)
             if is_due(step, config.logging.image_every):
                 reports.preview(step, state.lora)
+            reward = None
             if is_due(step, config.evaluation.every) and step < num_steps:
-                reports.evaluate(step, state.lora, f"{step:06d}")
+                evaluations = reports.evaluate(step, state.lora, f"{step:06d}")
+                reward = float(evaluations[UNSEEN].scores["reward"].mean())
             # While steps are skipped, the last good checkpoint is the one to come back to.
-            if is_due(step, config.checkpoint.every) and not metrics["skipped_in_a_row"]:
-                checkpoints.save(step, state)
-    checkpoints.save(num_steps, state)
+            due = is_due(step, config.checkpoint.every) and not metrics["skipped_in_a_row"]
+            candidate = config.checkpoint.keep_best and reward is not None
+            last = preempted(step) or step == num_steps
+            if due or candidate or last:
+                checkpoints.save(step, state, reward)
+            if last:
+                break
     return state
 
 
@@ -255,4 +272,4 @@ def evaluate_after(step: int, state: TrainState, workdir: Workdir, reports: Repo
 if __name__ == "__main__":
     _CONFIG = define_config_flag()
     _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=True)
-    run_program(lambda argv: train(_CONFIG.value, Path(_WORKDIR.value)))
+    run_program(distributed.on_every_host(lambda argv: train(_CONFIG.value, _WORKDIR.value)))

@@ -1,47 +1,68 @@
 """The folder of a run and the names of what lies in it."""
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
 
+from alignprop_jax import lora_file
 from alignprop_jax.config import describe_changes, to_json
+from alignprop_jax.distributed import all_agree, from_main, is_main, on_main
 from alignprop_jax.errors import UserError
 from alignprop_jax.evaluation import Evaluation
-from alignprop_jax.metrics import JsonLines, Record, write_atomically, write_json
+from alignprop_jax.lora import LoraTree
+from alignprop_jax.metrics import JsonLines, Record, in_bucket, write_atomically, write_json
 
 
 class Workdir:
-    """config.json, metrics.jsonl, eval.jsonl, images/, checkpoints/, lora/, summary.json, ..."""
+    """config.json, metrics.jsonl, eval.jsonl, images/, checkpoints/, lora/, summary.json, ...
 
-    def __init__(self, path: Path):
+    On a local disk, on one that hosts share, or in a bucket, gs://BUCKET/FOLDER. Every process has
+    the object; what writes does so in the main one.
+    """
+
+    def __init__(self, path: epath.PathLike):
         """Makes the folder when it is absent.
 
         Raises:
-          UserError: it cannot be written.
+          UserError: it cannot be written, or the hosts do not share it.
         """
+        path = epath.Path(path)
         self.path = path
         self.metrics = JsonLines(path / "metrics.jsonl")
         self.evaluations = JsonLines(path / "eval.jsonl")
         self.images = path / "images"
         self.checkpoints = path / "checkpoints"
-        self.lora = path / "lora" / "pytorch_lora_weights.safetensors"
+        self.lora = path / "lora" / lora_file.LORA_FILE
         self.reward_parts = path / "reward_parts.json"
         self._summary = path / "summary.json"
         self._config = path / "config.json"
-        try:
-            self.images.mkdir(parents=True, exist_ok=True)
-            probe = path / ".writable"
-            probe.touch()
+        self._make()
+
+    def _make(self) -> None:
+        probe = self.path / ".writable"
+        problem = None
+        if is_main():
+            try:
+                self.images.mkdir(parents=True, exist_ok=True)
+                probe.touch()
+            except ImportError:
+                problem = "needs gcsfs: pip install 'alignprop_jax[gcs]'"
+            except Exception as error:  # A bucket's errors are those of its library.
+                reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+                problem = f"cannot be written ({reason}); give --workdir a folder that can"
+        problem = from_main(problem)
+        if not problem and not all_agree(probe.exists()):
+            problem = "is not the same on all hosts; give --workdir a bucket, gs://BUCKET/FOLDER"
+        if problem:
+            raise UserError(f"workdir {str(self.path)!r} {problem}")
+        if is_main():
             probe.unlink()
-        except OSError as error:
-            raise UserError(
-                f"workdir {str(path)!r} cannot be written ({error.strerror}); "
-                "give --workdir a folder that can"
-            ) from error
 
     def save_config(self, config: ConfigDict) -> list[str]:
         """Writes the resolved config; returns what differs from the one that was there."""
@@ -51,6 +72,7 @@ class Workdir:
         write_atomically(self._config, to_json(config))
         return changes
 
+    @on_main
     def rewind(self, step: int) -> None:
         """Forgets every record after `step`, and so what a killed run wrote past its checkpoint.
 
@@ -62,19 +84,34 @@ class Workdir:
             records.keep(lambda record: record["step"] <= step)
         self._summary.unlink(missing_ok=True)
 
+    @on_main
     def save_image(self, name: str, image: Image.Image) -> None:
         """Writes images/NAME.png."""
-        image.save(self.images / f"{name}.png")
+        with (self.images / f"{name}.png").open("wb") as file:
+            image.save(file, "PNG")
 
+    @on_main
+    def save_lora(self, lora: LoraTree, alpha: float, metadata: dict[str, Any]) -> None:
+        """Writes lora/pytorch_lora_weights.safetensors; see `lora_file.save_lora`."""
+        if not in_bucket(self.lora):
+            lora_file.save_lora(self.lora, lora, alpha, metadata)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            local = Path(folder) / self.lora.name
+            lora_file.save_lora(local, lora, alpha, metadata)
+            self.lora.write_bytes(local.read_bytes())
+
+    @on_main
     def save_before(self, evaluations: dict[str, Evaluation]) -> None:
         """Keeps the untrained model's images by split, for a comparison after a resume."""
         temporary = self.images / "before.tmp.npz"
-        np.savez_compressed(temporary, **{name: e.images for name, e in evaluations.items()})
+        with temporary.open("wb") as file:
+            np.savez_compressed(file, **{name: e.images for name, e in evaluations.items()})
         temporary.replace(self.images / "before.npz")
 
     def load_before(self) -> dict[str, np.ndarray]:
         """Returns the images that `save_before` kept, [P, H, W, 3] by split."""
-        with np.load(self.images / "before.npz") as images:
+        with (self.images / "before.npz").open("rb") as file, np.load(file) as images:
             return dict(images)
 
     def save_summary(self, summary: Record) -> None:

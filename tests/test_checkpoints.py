@@ -1,14 +1,20 @@
 import gc
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from safetensors.numpy import load_file
 
-from alignprop_jax.checkpoints import Checkpoints, make_fingerprint
+from alignprop_jax.checkpoints import Checkpoints, make_fingerprint, restore
 from alignprop_jax.errors import UserError
 
 
@@ -75,8 +81,90 @@ def test_a_donated_state_is_written_as_it_was(tmp_path):
 
 def test_only_the_newest_are_kept_and_a_step_is_written_once(tmp_path):
     save(tmp_path / "run", 1, 2, 2, 3, 4)
-    steps = [path.name for path in (tmp_path / "run").iterdir() if path.name.isdigit()]
-    assert sorted(steps) == ["3", "4"]
+    assert steps_in(tmp_path / "run") == [3, 4]
+
+
+def steps_in(folder):
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+
+
+def test_the_best_are_kept_beside_the_newest(tmp_path):
+    rewards = {1: 0.5, 2: 0.9, 3: None, 4: float("nan"), 5: 0.7, 6: None, 7: 0.6}
+    for step, reward in rewards.items():
+        # Opened anew each time, as by a run that is killed after every step.
+        checkpoints = Checkpoints(tmp_path / "run", fingerprint(), keep=2, keep_best=1)
+        checkpoints.save(step, make_state(step), reward)
+        checkpoints.close()
+    assert steps_in(tmp_path / "run") == [2, 6, 7]
+
+
+ON_ANOTHER_MESH = """
+import sys
+import jax
+from alignprop_jax import sharding
+from tests.test_checkpoints import Checkpoints, fingerprint, make_state
+
+def laid_out(state, devices):
+    mesh = sharding.make_mesh(1, jax.devices()[:devices])
+    # The moments are split, though runs do not do so: the harder case.
+    over, everywhere = sharding.over_batch(mesh), sharding.replicated(mesh)
+    split = lambda x: over if x.ndim == 2 and x.shape[0] % devices == 0 else everywhere
+    return sharding.put(state, jax.tree.map(split, state))
+
+def state():
+    return {"many": jax.numpy.arange(80.0).reshape(16, 5), **make_state(3)}
+
+checkpoints = Checkpoints(sys.argv[1], fingerprint(), 2)
+checkpoints.save(3, laid_out(state(), 4))
+checkpoints.close()
+for devices in (2, 8):
+    checkpoints = Checkpoints(sys.argv[1], fingerprint(), 2)
+    like = laid_out(jax.tree.map(jax.numpy.zeros_like, state()), devices)
+    restored = checkpoints.restore(like)
+    checkpoints.close()
+    for got, wanted, place in zip(*map(jax.tree.leaves, (restored, state(), like)), strict=True):
+        assert got.sharding == place.sharding and len(got.devices()) == devices
+        assert (got == wanted).all()
+"""
+
+
+def test_another_number_of_devices_reads_the_same(tmp_path):
+    flags = "--xla_force_host_platform_device_count=8"
+    subprocess.run(
+        [sys.executable, "-c", ON_ANOTHER_MESH, tmp_path / "run"],
+        env={**os.environ, "XLA_FLAGS": flags},
+        check=True,
+    )
+    # This process has one device and no model.
+    np.testing.assert_array_equal(restore(tmp_path / "run")["many"].ravel(), np.arange(80.0))
+
+
+def test_restore_gives_numpy_arrays_of_any_step(tmp_path):
+    save(tmp_path / "run", 3, 7)
+    newest, earlier = restore(tmp_path / "run"), restore(tmp_path / "run", step=3)
+    assert (newest["step"], earlier["step"]) == (7, 3)
+    got, wanted = (state["lora"]["mid_block"]["to_q"]["up"] for state in (earlier, make_state(3)))
+    assert isinstance(got, np.ndarray)
+    np.testing.assert_array_equal(got, wanted)
+    with pytest.raises(UserError, match="no checkpoint 5 in .*run; there are 3, 7"):
+        restore(tmp_path / "run", step=5)
+    with pytest.raises(UserError, match="no checkpoint .*absent"):
+        restore(tmp_path / "absent")
+
+
+def test_the_documented_lines_restore_a_run(finished_run, tmp_path, monkeypatch, capsys):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "aesthetic").symlink_to(finished_run[0])
+    page = Path(__file__).parents[1] / "docs" / "checkpoints.md"
+    snippets = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec("\n".join(snippets), {})
+    assert capsys.readouterr().out.startswith("8 dict_keys(['down_blocks.0'")
+    trained = load_file(finished_run[0] / "lora" / "pytorch_lora_weights.safetensors")
+    restored = load_file("earlier.safetensors")
+    assert restored.keys() == trained.keys()
+    for name, array in restored.items():
+        np.testing.assert_array_equal(array, trained[name], name)
 
 
 def test_a_half_written_checkpoint_is_not_picked(tmp_path):

@@ -1,6 +1,8 @@
 import json
 import math
 import shutil
+import subprocess
+import time
 
 import jax
 import numpy as np
@@ -140,6 +142,28 @@ def test_a_killed_run_resumes_to_the_same_numbers(finished_run, nano_config, tmp
     assert resumed.keys() == uninterrupted.keys()
     for name, array in resumed.items():
         np.testing.assert_array_equal(array, uninterrupted[name], name)
+
+
+def test_sigterm_makes_a_checkpoint_and_the_run_resumes(finished_run, nano_config, tmp_path):
+    expected, workdir = finished_run[0], tmp_path / "run"
+    # No checkpoint but the one that the signal is answered with.
+    arguments = nano_config, workdir, "--config.checkpoint.every=0"
+    line = nano_run.command("train", *arguments)
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, text=True)
+    while len(nano_run.read_lines(workdir / "metrics.jsonl")) < 3:
+        assert process.poll() is None, "training ended before it could be stopped"
+        time.sleep(0.005)
+    process.terminate()
+    printed, _ = process.communicate()
+    stopped = len(nano_run.read_lines(workdir / "metrics.jsonl"))
+    assert process.returncode == 0
+    assert printed.splitlines()[-1].startswith(f"stopped after step {stopped};")
+    assert (workdir / "checkpoints" / str(stopped)).is_dir()
+    process = nano_run.run("train", *arguments)
+    assert process.returncode == 0, process.stderr
+    assert f"resumed after step {stopped}" in process.stdout
+    records = nano_run.read_records(workdir / "metrics.jsonl")
+    assert records == nano_run.read_records(expected / "metrics.jsonl")
 
 
 def test_a_finished_run_says_so_and_changes_nothing(config, finished_copy, capsys):

@@ -7,7 +7,6 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Sharding
 from jaxtyping import Array, Bool, Float, Key, PyTree
 
 from alignprop_jax.algorithms.accumulation import accumulate_gradients
@@ -43,7 +42,7 @@ def make_train_step(
     lora_scale: float,
     batch_size: int,
     microbatch_size: int = 0,
-    batch_sharding: Sharding | None = None,
+    split_batch: Callable[[Callable], Callable] = lambda function: function,
 ) -> Callable[[Any, Any, PromptTable, TrainState], tuple[TrainState, Metrics]]:
     """Builds one update of AlignProp (arXiv 2310.03739, algorithm 1).
 
@@ -57,7 +56,8 @@ def make_train_step(
         lora_scale: alpha / rank.
         batch_size: images a step.
         microbatch_size: images in memory at a time, a divisor of the batch size; 0 for all.
-        batch_sharding: how the images of a microbatch are laid out over devices.
+        split_batch: makes a function of a batch run on every device with its share of the batch,
+            from `sharding.split_batch`; by default there is one device.
 
     Returns:
         A pure function `train_step(params, reward_params, prompts, state) -> (state, metrics)`, to
@@ -80,11 +80,6 @@ def make_train_step(
         )
     num_microbatches = batch_size // microbatch_size
 
-    def on_devices(tree):
-        if batch_sharding is None:
-            return tree
-        return jax.lax.with_sharding_constraint(tree, batch_sharding)
-
     def train_step(params, reward_params, prompts, state):
         order_key, noise_key = jax.random.split(state.key)
         truncation_key, images_key = jax.random.split(jax.random.fold_in(noise_key, state.step))
@@ -93,6 +88,28 @@ def make_train_step(
         indices = prompt_indices(order_key, state.step, batch_size, num_prompts)
         image_keys = jax.random.split(images_key, batch_size)
 
+        whole = (params, reward_params, prompts, state.lora, trained)
+        (value, gradient), (scores, parts) = split_batch(differentiate)(
+            whole, (indices, image_keys)
+        )
+        grad_norm = optax.tree.norm(gradient)
+        state = update(state, gradient, jnp.isfinite(value) & jnp.isfinite(grad_norm))
+        metrics = {
+            "loss": value,
+            "reward_mean": jnp.mean(scores),
+            "reward_std": jnp.std(scores),
+            **{f"reward/{name}": jnp.mean(part) for name, part in parts.items()},
+            "grad_norm": grad_norm,
+            "start_step": first_trained_step(trained),
+            "skipped": state.skipped,
+            "skipped_in_a_row": state.skipped_in_a_row,
+        }
+        return state, metrics
+
+    def differentiate(whole, batch):
+        """Loss and gradient, both means over the batch, and the rewards of every image."""
+        params, reward_params, prompts, lora, trained = whole
+
         def objective(lora, batch):
             indices, image_keys = batch
             latent_keys, sampler_keys = jax.vmap(jax.random.split, out_axes=1)(image_keys)
@@ -100,7 +117,6 @@ def make_train_step(
             conditioning, inputs = jax.tree.map(
                 lambda table: table[indices], (prompts.conditioning, prompts.reward_inputs)
             )
-            latents, conditioning, inputs = on_devices((latents, conditioning, inputs))
             images = sample(
                 params,
                 scale_lora(lora, lora_scale),
@@ -116,22 +132,8 @@ def make_train_step(
             }
             return jnp.mean(loss(scores)), (scores, parts)
 
-        value, (scores, parts), gradient = accumulate_gradients(
-            objective, state.lora, (indices, image_keys), num_microbatches
-        )
-        grad_norm = optax.tree.norm(gradient)
-        state = update(state, gradient, jnp.isfinite(value) & jnp.isfinite(grad_norm))
-        metrics = {
-            "loss": value,
-            "reward_mean": jnp.mean(scores),
-            "reward_std": jnp.std(scores),
-            **{f"reward/{name}": jnp.mean(part) for name, part in parts.items()},
-            "grad_norm": grad_norm,
-            "start_step": first_trained_step(trained),
-            "skipped": state.skipped,
-            "skipped_in_a_row": state.skipped_in_a_row,
-        }
-        return state, metrics
+        value, rewards, gradient = accumulate_gradients(objective, lora, batch, num_microbatches)
+        return (value, gradient), rewards
 
     def update(state, gradient, finite):
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.lora)

@@ -1,0 +1,157 @@
+"""Several processes as one run: one on each host of a TPU pod or of a cluster.
+
+All of them run the same program and take part in every computation and checkpoint. The main one,
+process 0, alone writes files and prints.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from alignprop_jax.errors import UserError
+
+Function = TypeVar("Function", bound=Callable)
+
+# JAX reads the first itself. Cloud TPU pods need none of them.
+ADDRESS, COUNT, ID = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+# A process that has not been heard of for so long is dead, and the others end.
+_HEARTBEAT_TIMEOUT_SECONDS = 30
+
+
+def initialize() -> None:
+    """Connects this process with those on the other hosts; on one host alone, does nothing.
+
+    To be called before JAX is asked for devices. A Cloud TPU host knows its pod. Elsewhere three
+    environment variables say who takes part: JAX_COORDINATOR_ADDRESS, the host of process 0 and a
+    free port there, as HOST:PORT; JAX_NUM_PROCESSES; and JAX_PROCESS_ID, from 0 on.
+
+    Raises:
+        UserError: some of the variables are there and others not, or they are no numbers.
+    """
+    given = [name for name in (ADDRESS, COUNT, ID) if os.environ.get(name)]
+    if given:
+        jax.distributed.initialize(
+            num_processes=_read_number(COUNT, given),
+            process_id=_read_number(ID, given),
+            cluster_detection_method="deactivate",
+            heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT_SECONDS,
+        )
+    elif "tpu" in (jax.config.jax_platforms or ""):
+        # JAX sets the platform when it is imported on a TPU host; there, it finds the pod, too.
+        # It raises ValueError where a TPU is not part of one.
+        with contextlib.suppress(ValueError):
+            jax.distributed.initialize(heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT_SECONDS)
+
+
+def _read_number(name: str, given: list[str]) -> int:
+    missing = [other for other in (ADDRESS, COUNT, ID) if other not in given]
+    if missing:
+        raise UserError(f"{', '.join(given)} is set without {', '.join(missing)}; set all or none")
+    try:
+        return int(os.environ[name])
+    except ValueError as error:
+        raise UserError(f"{name}={os.environ[name]!r} must be a number") from error
+
+
+def on_every_host(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
+    """Makes `main(argv)` of a program one that several processes can run together.
+
+    They end together. Where one fails, it says why and goes at once, and the others notice.
+    """
+
+    def run(argv: list[str]) -> None:
+        initialize()
+        if not jax.distributed.is_initialized():
+            return main(argv)
+        try:
+            with open(os.devnull, "w") as nowhere:
+                with contextlib.redirect_stdout(sys.stdout if is_main() else nowhere):
+                    main(argv)
+        except (Exception, KeyboardInterrupt) as error:
+            _fail(error)
+        jax.distributed.shutdown()
+
+    return run
+
+
+def _fail(error: BaseException) -> None:
+    """Ends the process without goodbye: it would wait for others, and they wait for it."""
+    name = f"process {jax.process_index()} of {jax.process_count()}"
+    status = 1
+    if isinstance(error, UserError):
+        message = f"error: {name}: {' '.join(str(error).split())}"
+    elif isinstance(error, KeyboardInterrupt):
+        message, status = "interrupted", 130
+    else:
+        traceback.print_exception(error)
+        message = (
+            f"error: {name} ends by {type(error).__name__}. If another one ended before, its "
+            "output says why. Started again on all hosts, the same command resumes a training run."
+        )
+    sys.stdout.flush()
+    print(message, file=sys.stderr, flush=True)
+    os._exit(status)
+
+
+def is_main() -> bool:
+    """Whether this process writes and speaks for all."""
+    return jax.process_index() == 0
+
+
+def on_main(function: Function) -> Function:
+    """Makes a function that writes one that does so in the main process, and nothing elsewhere."""
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        return function(*args, **kwargs) if is_main() else None
+
+    return call
+
+
+def from_main(value: Any) -> Any:
+    """Returns the main process's value, which JSON can hold, in every process.
+
+    What a process reads from a file may differ from host to host, and what it decides by that must
+    not: the others would wait for it in a computation that it never gets to.
+    """
+    if jax.process_count() == 1:
+        return value
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(text.size)))
+    text = np.resize(text, size)
+    return json.loads(multihost_utils.broadcast_one_to_all(text).tobytes())
+
+
+def all_agree(condition: bool) -> bool:
+    """Returns whether the condition holds in every process."""
+    return bool(multihost_utils.process_allgather(np.bool_(condition)).all())
+
+
+@contextlib.contextmanager
+def preemption_notice() -> Iterator[Callable[[int], bool]]:
+    """Gives a function that says, after each step, whether the machine is about to be taken away.
+
+    The notice is SIGTERM, to any of the processes, which no longer ends it. All of them see it
+    after the same step: they have to ask after every one.
+    """
+    if jax.distributed.is_initialized():
+        # JAX has taken over the signal.
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    noticed = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: noticed.set())
+    try:
+        yield lambda step: noticed.is_set()
+    finally:
+        signal.signal(signal.SIGTERM, before)
