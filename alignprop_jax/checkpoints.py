@@ -61,7 +61,7 @@ def restore(directory: epath.PathLike, step: int | None = None) -> dict[str, Any
         raise UserError(f"no checkpoint {'' if step is None else step} in {directory}{found}")
     path = directory.resolve() / str(steps[-1] if step is None else step)
     try:
-        arrays = jax.tree.map(lambda _: np.empty(0), ocp.metadata(path).metadata)
+        arrays = jax.tree.map(lambda saved: np.empty(0, saved.dtype), ocp.metadata(path).metadata)
         return ocp.load(path, arrays)
     except Exception as error:
         raise _cannot_be_read(path, error) from error

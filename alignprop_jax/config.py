@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.util
+import itertools
 import json
 import re
 import sys
@@ -11,16 +12,19 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, FieldReference, config_flags
 
+from alignprop_jax.algorithms.presets import PRESETS, check_algorithm, use_algorithm
 from alignprop_jax.errors import UserError
+from alignprop_jax.gradient_path import REWARD_AT, GradientPath
 from alignprop_jax.losses import SHAPES
 from alignprop_jax.sampling import REMAT_POLICIES
 from alignprop_jax.sharding import ATTENTION
 from alignprop_jax.truncation import STRATEGIES, Truncation
 
 _CHOICES = {
-    "algorithm": ("alignprop",),
+    "algorithm": tuple(PRESETS),
     "loss.shape": SHAPES,
     "truncation.strategy": STRATEGIES,
+    "gradient.reward_at": REWARD_AT,
     "remat": REMAT_POLICIES,
     "attention": ("auto", *ATTENTION),
     "dtype": ("float32", "bfloat16"),
@@ -56,8 +60,10 @@ _NOT_NEGATIVE = (
 def default_config() -> ConfigDict:
     """Returns every key with its default; a config file starts here and changes what it must."""
     config = ConfigDict()
+    # alignprop, draft, draft_k, draft_lv, refl or drtune: a name for settings of `truncation` and
+    # `gradient`, which `use_algorithm` and --config.algorithm make; see docs/algorithms.md.
     config.algorithm = "alignprop"
-    config.model = "emoji"  # a diffusers folder, a hub id, or emoji, the model in the package
+    config.model = "emoji"  # a diffusers folder, a single file, a hub id (docs/models.md), or emoji
     config.prompts = "animals"  # prompts to train on: a built-in list or a text file, one a line
     config.eval_prompts = "animals_unseen"  # prompts never trained on
     config.negative_prompt = ""  # what guidance steers away from
@@ -98,16 +104,25 @@ def default_config() -> ConfigDict:
     config.sampler.eta = 0.0  # 0: deterministic DDIM, 1: as much noise as DDPM
 
     config.truncation = ConfigDict()  # which denoising steps carry gradient
-    config.truncation.strategy = "uniform"  # full, fixed, uniform, gaussian, per_step
+    # full, fixed, uniform, gaussian, per_step, last, spaced
+    config.truncation.strategy = "uniform"
     config.truncation.start = 0  # fixed: first step with gradient
     config.truncation.mean = 42.0  # gaussian: of the first step with gradient
     config.truncation.std = 5.0
     config.truncation.min = 0  # uniform and per_step: range of the first step with gradient,
     config.truncation.max = 49  # both ends included
+    config.truncation.k = 1  # last and spaced: number of steps with gradient
+
+    config.gradient = ConfigDict()  # what the gradient crosses and comes from
+    config.gradient.detach_input = False  # it does not enter the UNet's input
+    config.gradient.reward_at = "sample"  # or prediction, at a random late step, the last one run
+    config.gradient.stop_share = 0.25  # prediction: how late, as a share of the steps
+    config.gradient.renoise = 0  # copies of each sample that take its last step again
 
     config.lora = ConfigDict()
     config.lora.rank = 4
     config.lora.alpha = 4.0  # the update is alpha / rank * up @ down
+    config.lora.init = ""  # LoRA file to go on from, of the same rank; empty: a fresh one
     config.lora.targets = ("to_q", "to_k", "to_v", "to_out.0")  # layers of every attention
 
     config.train = ConfigDict()
@@ -149,6 +164,11 @@ def default_config() -> ConfigDict:
     return config
 
 
+def gradient_path(config: ConfigDict) -> GradientPath:
+    """Returns the way of the gradient that the config describes."""
+    return GradientPath(Truncation(**config.truncation), **config.gradient)
+
+
 def load_config(spec: str) -> ConfigDict:
     """Returns `get_config(variant)` of the config file in `spec`, "file.py" or "file.py:variant".
 
@@ -183,14 +203,24 @@ def define_config_flag() -> flags.FlagHolder:
 
 
 class _ConfigParser(flags.ArgumentParser):
-    """Loads the file and checks the names of the overrides before ml_collections applies them."""
+    """Loads the file, and sees to the overrides before ml_collections applies them.
+
+    Their names are checked, and an algorithm among them brings its settings.
+    """
 
     def parse(self, path: str) -> ConfigDict:
         config = load_config(path).lock()
-        for argument in sys.argv[1:]:
-            override = re.match(r"--?(?:no)?config\.([^=]+)", argument)
+        algorithm = config.algorithm
+        for argument, following in itertools.pairwise([*sys.argv[1:], ""]):
+            override = re.fullmatch(r"--?(?:no)?config\.([^=]+)(?:=(.*))?", argument, re.DOTALL)
             if override:
                 check_key(config, override[1])
+                if override[1] == "algorithm":
+                    algorithm = following if override[2] is None else override[2]
+        # The other overrides come after it. An algorithm that the file is of already stays as the
+        # file has it.
+        if algorithm != config.algorithm:
+            use_algorithm(config, algorithm)
         return config
 
 
@@ -235,7 +265,8 @@ def validate(config: ConfigDict) -> None:
         config.checkpoint.keep_best,
         "0 where config.evaluation.every=0: rewards are what tells which is best",
     )
-    Truncation(**config.truncation).check(sampler.num_steps)
+    gradient_path(config).check(sampler.num_steps)
+    check_algorithm(config)
     microbatch_size, batch_size = config.train.microbatch_size, config.train.batch_size
     _check(
         microbatch_size == 0 or batch_size % microbatch_size == 0,

@@ -7,9 +7,9 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
+from alignprop_jax.buckets import in_bucket
 from alignprop_jax.distributed import is_main
 from alignprop_jax.errors import UserError
-from alignprop_jax.metrics import in_bucket
 
 
 class Dashboard(Protocol):

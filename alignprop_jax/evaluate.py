@@ -17,6 +17,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from alignprop_jax import distributed
+from alignprop_jax.buckets import in_bucket
 from alignprop_jax.compilation import enable_compilation_cache
 from alignprop_jax.config import define_config_flag, validate
 from alignprop_jax.errors import UserError, run_program
@@ -24,7 +25,7 @@ from alignprop_jax.evaluation import make_evaluator, make_judges, summarize
 from alignprop_jax.experiment import load_experiment
 from alignprop_jax.images import columns_for, make_grid
 from alignprop_jax.judges import Scorer
-from alignprop_jax.metrics import in_bucket, write_json
+from alignprop_jax.metrics import write_json
 from alignprop_jax.mixing import BASE_MODEL, LoraMix, define_lora_flags
 from alignprop_jax.standardization import standardize_parts
 from alignprop_jax.workdir import Workdir

@@ -85,7 +85,14 @@ def load_experiment(config: ConfigDict, mesh: Mesh | None = None) -> Experiment:
     sampler = config.sampler
     size = (sampler.height, sampler.width)
     sd, params, tokenizers = load_stable_diffusion(config.model, execution, size)
-    sample = make_sampler(sd, sampler.num_steps, sampler.guidance_scale, sampler.eta, config.remat)
+    sample = make_sampler(
+        sd,
+        sampler.num_steps,
+        sampler.guidance_scale,
+        sampler.eta,
+        config.remat,
+        config.gradient.detach_input,
+    )
     reward = make_reward(config.reward, tokenizers[0], _reward_options(config, dtype))
     check_reward(reward, sd.image_shape)
     encoded = encode(sd, params, tokenizers, [config.negative_prompt, *sum(prompts.values(), [])])

@@ -1,5 +1,7 @@
 """Low-rank factors as the file of diffusers and PEFT, `pytorch_lora_weights.safetensors`.
 
+Files of kohya's trainers are read, too; see `kohya`.
+
 A layer is two tensors, lora_A [r, in] and lora_B [out, r], the transposes of `down` and `up`. What
 multiplies their product differs between releases and tools: some read alpha from the header, some
 take it to be r. Written files hold (alpha / r) up as lora_B and name r as alpha, so that every
@@ -18,6 +20,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from alignprop_jax.errors import UserError
+from alignprop_jax.kohya import PREFIX, kohya_layers, parse_kohya_key
 from alignprop_jax.lora import LoraTree, linear_shapes, scale_lora
 from alignprop_jax.weights import read_metadata, read_safetensors, write_safetensors
 
@@ -66,7 +69,7 @@ def save_lora(
 
 
 def load_lora(path: str | Path, unet_params: Mapping[str, Any]) -> tuple[LoraTree, dict[str, str]]:
-    """Reads a UNet's factors as written here, by diffusers or by PEFT.
+    """Reads a UNet's factors as written here, by diffusers, by PEFT or by kohya's trainers.
 
     Args:
         path: a safetensors file, or the folder that `save_lora_weights` or PEFT's `save_pretrained`
@@ -75,8 +78,8 @@ def load_lora(path: str | Path, unet_params: Mapping[str, Any]) -> tuple[LoraTre
 
     Returns:
         The factors in float32, ready for the model: each layer's scale, which may come from the
-        header, from PEFT's adapter_config.json or from the rank alone, is folded into `up`. And the
-        header's other entries.
+        header, from PEFT's adapter_config.json, from an alpha beside the factors or from the rank
+        alone, is folded into `up`. And the header's other entries.
 
     Raises:
         UserError: the file is absent, damaged or of a kind that is not supported, or it was made
@@ -86,10 +89,18 @@ def load_lora(path: str | Path, unet_params: Mapping[str, Any]) -> tuple[LoraTre
     metadata = read_metadata(file)
     adapter = _read_adapter(file, metadata.pop(_ADAPTER_KEY, None))
     metadata.pop("format", None)
-    linears = linear_shapes(unet_params)
-    factors = {}
+    linears, kohya_names = linear_shapes(unet_params), kohya_layers(unet_params)
+    factors, alphas = {}, {}
     for name, tensor in read_safetensors(file):
-        layer, factor = _parse_key(file, name)
+        if name.startswith(PREFIX):
+            layer, factor = parse_kohya_key(file, name, kohya_names)
+        else:
+            layer, factor = _parse_key(file, name)
+        if factor == "alpha":
+            if tensor.size != 1:
+                raise UserError(f"{file}: {name} has shape {list(tensor.shape)}; it is one number")
+            alphas[layer] = float(tensor.item())
+            continue
         if layer not in linears:
             raise UserError(
                 f"{file}: {name} is for a layer that this model does not have; "
@@ -108,8 +119,47 @@ def load_lora(path: str | Path, unet_params: Mapping[str, Any]) -> tuple[LoraTre
         raise UserError(f"{file}: no LoRA tensors in it")
     _check_pairs(file, factors)
     for keys in [keys for keys in factors if keys[-1] == "up"]:
-        factors[keys] *= _scale(file, adapter, ".".join(keys[:-1]), factors[keys].shape[0])
+        layer, rank = ".".join(keys[:-1]), factors[keys].shape[0]
+        if layer in alphas:
+            factors[keys] *= alphas[layer] / rank
+        else:
+            factors[keys] *= _scale(file, adapter, layer, rank)
     return unflatten_dict(factors), metadata
+
+
+def continue_lora(
+    path: str | Path, fresh: LoraTree, unet_params: Mapping[str, Any], scale: float
+) -> LoraTree:
+    """Reads factors to go on training, in the place of fresh ones.
+
+    Args:
+        path: as for `load_lora`.
+        fresh: factors of the layers and of the rank that are to be trained.
+        unet_params: the parameters of the UNet to adapt, or anything of their shapes.
+        scale: alpha / rank, with which training multiplies them.
+
+    Raises:
+        UserError: as `load_lora`, or the file has other layers or another rank.
+    """
+    loaded, _ = load_lora(path, unet_params)
+    found, wanted = flatten_dict(loaded), flatten_dict(fresh)
+    other = sorted(".".join(keys[:-1]) for keys in found.keys() ^ wanted.keys())
+    if other:
+        here = "lacks" if any(".".join(keys[:-1]) == other[0] for keys in wanted) else "adapts"
+        raise UserError(
+            f"lora.init={path} {here} {other[0]}; "
+            "config.lora.targets must name the layers it adapts"
+        )
+    ranks, (rank,) = (
+        {leaf.shape[1] for keys, leaf in tree.items() if keys[-1] == "down"}
+        for tree in (found, wanted)
+    )
+    if ranks != {rank}:
+        raise UserError(
+            f"lora.init={path} is of rank {', '.join(map(str, sorted(ranks)))}; "
+            f"config.lora.rank={rank} must be the same"
+        )
+    return scale_lora(loaded, 1 / scale)
 
 
 def _find_file(path: Path) -> Path:
@@ -124,7 +174,7 @@ def _find_file(path: Path) -> Path:
 
 
 def _parse_key(file: Path, name: str) -> tuple[str, str]:
-    if name.startswith("text_encoder"):
+    if name.startswith(("text_encoder", "lora_te")):
         raise UserError(
             f"{file}: {name} adapts the text encoder; a LoRA of the UNet alone is needed"
         )

@@ -8,6 +8,7 @@ from typing import Any
 
 from etils import epath
 
+from alignprop_jax.buckets import in_bucket
 from alignprop_jax.distributed import on_main
 
 Record = dict[str, Any]
@@ -66,11 +67,6 @@ def write_atomically(path: Path | epath.Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
-
-
-def in_bucket(path: Path | epath.Path) -> bool:
-    """Whether a path is not of this machine's file system but, such as gs://, of a bucket."""
-    return "://" in str(path)
 
 
 def _finite(record: Record) -> Record:

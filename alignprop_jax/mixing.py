@@ -97,8 +97,8 @@ def define_lora_flags() -> Callable[[], LoraMix]:
     files = flags.DEFINE_multi_string(
         "lora",
         [],
-        "LoRA file, of this project, diffusers or PEFT; none for the base model; two files are "
-        "mixed by --mix",
+        "LoRA file, of this project, diffusers, PEFT or kohya; none for the base model; two files "
+        "are mixed by --mix",
     )
     mix = flags.DEFINE_float(
         "mix", None, "share of the first LoRA, in [0, 1]; the rest is of the second or of no LoRA"

@@ -197,7 +197,7 @@ def train_detector(config: ConfigDict, sprites: Sprites, workdir: Path, output: 
 
 
 def train_scene_clip(config: ConfigDict, sprites: Sprites, workdir: Path, output: Path) -> None:
-    """Trains the CLIP of the rewards of agreement, which must tell whose colour is which."""
+    """Trains the CLIP of the rewards of agreement, on scenes of several objects and colours."""
     recipe = config.scene_clip
     build_tokenizer(caption_words(), output / "scene_clip")
     tokenizer = load_tokenizer(output / "scene_clip")
@@ -233,7 +233,7 @@ def train_autoencoder(
         part: the section of the config with the recipe and the scenes.
     """
     recipe = config[part]
-    config_json = export.vae_config(recipe)
+    config_json = export.vae_config(config.vae)
     if (output / "vae").is_dir():
         model, start = load_component(AutoencoderKL, output / "vae")
     else:

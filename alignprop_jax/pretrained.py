@@ -1,19 +1,15 @@
-"""Models from the folders people have: diffusers pipelines and transformers CLIPs, by path or name.
+"""Models as people have them: diffusers pipelines, single files and transformers CLIPs."""
 
-Every component is built from its folder's `config.json` and filled from its safetensors.
-"""
-
-import contextlib
 import dataclasses
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from alignprop_jax import hub
 from alignprop_jax.errors import UserError
 from alignprop_jax.models.clip import (
     CLIPConfig,
@@ -26,38 +22,14 @@ from alignprop_jax.models.execution import Execution
 from alignprop_jax.models.owlvit import OwlViT, OwlViTConfig
 from alignprop_jax.models.unet import NUM_TIME_IDS, UNet, UNetConfig
 from alignprop_jax.models.vae import AutoencoderKL, VAEConfig
-from alignprop_jax.prompts import load_tokenizer
 from alignprop_jax.schedulers import DDIMScheduler
+from alignprop_jax.single_file import SUFFIXES, SingleFileSource
+from alignprop_jax.sources import FolderSource, ModelSource
 from alignprop_jax.stable_diffusion import TEXT_ENCODERS, StableDiffusion
-from alignprop_jax.weights import ParamTree, load_params
+from alignprop_jax.weights import ParamTree
 
 ASSETS = Path(__file__).parent / "assets"
 EMOJI = "emoji"
-
-# The file names of diffusers and of transformers, each whole or as the index of its shards.
-_WEIGHTS = ("diffusion_pytorch_model", "model")
-# What a download needs: no pickles, no half-precision or EMA variants beside the weights.
-_TOKENIZER_PATTERNS = [
-    "merges.txt",
-    "tokenizer*.json",
-    "tokenizer/*",
-    "tokenizer_2/*",
-    "vocab.json",
-]
-_HUB_PATTERNS = [
-    "config.json",
-    "*/config.json",
-    "model_index.json",
-    "preprocessor_config.json",
-    "scheduler/scheduler_config.json",
-    *_TOKENIZER_PATTERNS,
-    *(
-        f"{folder}{stem}{suffix}"
-        for folder in ("unet/", "vae/", "text_encoder/", "text_encoder_2/", "")
-        for stem in _WEIGHTS
-        for suffix in (".safetensors", "-?????-of-?????.safetensors", ".safetensors.index.json")
-    ),
-]
 
 _CONFIG_CLASSES = {
     UNet: UNetConfig,
@@ -68,39 +40,68 @@ _CONFIG_CLASSES = {
     OwlViT: OwlViTConfig,
 }
 
-_Config = TypeVar("_Config")
-
 _IN_FLOAT32 = Execution()
 
 
-def resolve_model(model: str | Path, patterns: Sequence[str] = _HUB_PATTERNS) -> Path:
+def open_model(model: str | Path) -> ModelSource:
+    """Where a pipeline's parts are read from; weights are read when they are asked for.
+
+    Args:
+        model: a diffusers folder, a single-file checkpoint, `emoji` for the model in the package,
+            or on the Hugging Face hub OWNER/NAME[@REVISION] or OWNER/NAME[@REVISION]/FILE, which
+            is downloaded (once). A folder or a hub id may end in :VARIANT of its weights, such as
+            :fp16.
+
+    Raises:
+        UserError: there is no such model, or it cannot be had.
+    """
+    path, variant = _locate(model, hub.download_model)
+    return SingleFileSource(path) if path.is_file() else FolderSource(path, variant)
+
+
+def resolve_model(
+    model: str | Path, download: Callable[[hub.HubName], Path] = hub.download_model
+) -> Path:
     """The local folder of a model.
 
     Args:
-        model: a folder, `emoji` for the model in the package, or a Hugging Face hub id such as
-            `owner/name`, which is downloaded (once) through huggingface_hub.
-        patterns: of the files to download.
+        model: as for `open_model`, but no file.
+        download: gets what is needed from the hub.
 
     Raises:
-        UserError: there is no such folder and no such hub id, or the hub cannot be reached.
+        UserError: there is no such model, or it cannot be had.
     """
+    path, _ = _locate(model, download)
+    if path.is_file():
+        raise UserError(f"{model}: a folder is needed here, and this is a file")
+    return path
+
+
+def _locate(model: str | Path, download: Callable[[hub.HubName], Path]) -> tuple[Path, str | None]:
+    """The folder or file of a model, and the variant of its weights if one was asked for."""
     if str(model) == EMOJI:
         folder = ASSETS / EMOJI
         if not folder.is_dir():
             raise UserError(
                 f"{folder}: the model of the package is missing; install the package again"
             )
-        return folder
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise UserError(f"{model}: a model is a folder in diffusers' layout, and this is a file")
-    if len(folder.parts) != 2 or folder.is_absolute() or str(model).startswith((".", "~")):
+        return folder, None
+    path = Path(model).expanduser()
+    if path.exists():
+        return path, None
+    before, _, variant = str(path).rpartition(":")
+    if before and Path(before).is_dir():
+        return Path(before), variant
+    name = hub.HubName.parse(str(model))
+    # A path that is mistyped may look like a hub id, whose last part is a file where it ends so.
+    if name is None or (Path(str(model)).suffix in SUFFIXES) != bool(name.file):
         raise UserError(
-            f"{model}: no such folder; a model is a diffusers folder, a hub id or {EMOJI}"
+            f"{model}: no such folder or file; a model is a diffusers folder, a single file, "
+            f"a hub id or {EMOJI}"
         )
-    return _download(str(model), patterns)
+    if name.file:
+        return hub.download_file(str(model)), None
+    return download(name), name.variant
 
 
 def load_stable_diffusion(
@@ -111,7 +112,7 @@ def load_stable_diffusion(
     """Loads a Stable Diffusion 1.x, 2.x or XL pipeline.
 
     Args:
-        model: as for `resolve_model`.
+        model: as for `open_model`.
         execution: how the modules are computed; its dtype is that of their weights too. The
             autoencoder of a Stable Diffusion XL has float32 where its file asks for that: its
             activations need the precision.
@@ -124,60 +125,67 @@ def load_stable_diffusion(
     Raises:
         UserError: a component is missing, not supported or damaged. The message names it.
     """
-    folder = resolve_model(model)
-    two_encoders = (folder / "text_encoder_2").is_dir()
-    unet = UNet(_config(folder / "unet", UNetConfig.from_dict), execution)
-    vae_config = _config(folder / "vae", VAEConfig.from_dict)
-    upcast = two_encoders and vae_config.force_upcast
+    source = open_model(model)
+    is_xl = source.has("text_encoder_2")
+    unet = UNet(source.config("unet", UNetConfig.from_dict), execution)
+    vae_config = source.config("vae", VAEConfig.from_dict)
     in_float32 = dataclasses.replace(execution, dtype=jnp.dtype("float32"))
+    vae_execution = in_float32 if is_xl and vae_config.force_upcast else execution
     modules = {
         "unet": unet,
-        "vae": AutoencoderKL(vae_config, in_float32 if upcast else execution),
+        "vae": AutoencoderKL(vae_config, vae_execution),
         "text_encoder": CLIPTextModel(
-            _config(folder / "text_encoder", CLIPTextConfig.from_dict), execution
+            source.config("text_encoder", CLIPTextConfig.from_dict), execution
         ),
     }
-    scheduler = _config(
-        folder / "scheduler", DDIMScheduler.from_config, name="scheduler_config.json"
-    )
-    tokenizers = [load_tokenizer(folder / "tokenizer")]
-    if two_encoders:
+    if is_xl:
         modules["text_encoder_2"] = CLIPTextModelWithProjection(
-            _config(folder / "text_encoder_2", CLIPTextConfig.from_dict), execution
+            source.config("text_encoder_2", CLIPTextConfig.from_dict), execution
         )
-        tokenizers.append(load_tokenizer(folder / "tokenizer_2"))
+    scheduler = source.config("scheduler", DDIMScheduler.from_config)
     text_encoders = tuple(modules[name] for name in TEXT_ENCODERS if name in modules)
-    _check_conditioning(folder, unet.config, [encoder.config for encoder in text_encoders])
+    _check_channels(source, unet.config, vae_config)
+    _check_conditioning(source, unet.config, [encoder.config for encoder in text_encoders])
     sd = StableDiffusion(
         unet,
         modules["vae"],
         text_encoders,
         scheduler,
         image_size,
-        two_encoders and _config(folder, _zeroes_empty_prompts, name="model_index.json"),
+        is_xl and source.config("model_index", _zeroes_empty_prompts),
     )
+    tokenizers = [source.tokenizer("tokenizer")]
+    if is_xl:
+        tokenizers.append(source.tokenizer("tokenizer_2"))
     params = {
-        name: load_params(
-            abstract_params(module), _weights_file(folder / name), module.execution.dtype
-        )
+        name: source.params(name, abstract_params(module), module.dtype)
         for name, module in modules.items()
     }
     return sd, params, tokenizers
 
 
+def _check_channels(source: ModelSource, unet: UNetConfig, vae: VAEConfig) -> None:
+    if unet.in_channels != vae.latent_channels:
+        raise UserError(
+            f"{source}: the unet takes {unet.in_channels} channels, the vae's latents have "
+            f"{vae.latent_channels}; models for inpainting and other conditions than text are not "
+            "supported"
+        )
+
+
 def _check_conditioning(
-    folder: Path, unet: UNetConfig, text_encoders: Sequence[CLIPTextConfig]
+    source: ModelSource, unet: UNetConfig, text_encoders: Sequence[CLIPTextConfig]
 ) -> None:
     width = sum(config.hidden_size for config in text_encoders)
     if unet.context_dim != width:
         raise UserError(
-            f"{folder}: the unet attends to vectors of size {unet.context_dim}, "
+            f"{source}: the unet attends to vectors of size {unet.context_dim}, "
             f"the text encoders give {width}"
         )
     pooled = text_encoders[1].projection_dim if len(text_encoders) > 1 else 0
     if unet.pooled_dim != pooled:
         raise UserError(
-            f"{folder}: the unet takes a pooled text of size {unet.pooled_dim}, "
+            f"{source}: the unet takes a pooled text of size {unet.pooled_dim}, "
             f"text_encoder_2 gives {pooled}"
         )
 
@@ -198,7 +206,7 @@ def resolve_network(model: str | Path, emoji_part: str) -> Path:
 
 def resolve_tokenizer(model: str | Path) -> Path:
     """The local folder of a tokenizer: of its own, of a CLIP, or within a pipeline."""
-    folder = resolve_model(model, _TOKENIZER_PATTERNS)
+    folder = resolve_model(model, hub.download_tokenizer)
     return folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
 
 
@@ -210,9 +218,16 @@ def load_component(
     Raises:
         UserError: a file is missing, not supported or damaged. The message names it.
     """
-    execution = Execution(jnp.dtype(dtype))
-    module = module_class(_config(folder, _CONFIG_CLASSES[module_class].from_dict), execution)
-    return module, load_params(abstract_params(module), _weights_file(folder), dtype)
+    source = FolderSource(folder)
+    config = source.config("", _CONFIG_CLASSES[module_class].from_dict)
+    module = module_class(config, Execution(jnp.dtype(dtype)))
+    return module, source.params("", abstract_params(module), dtype)
+
+
+def abstract_component(module_class: type[nn.Module], folder: Path) -> ParamTree:
+    """The shapes of the one model in `folder`; UserError where its config cannot be read."""
+    config = FolderSource(folder).config("", _CONFIG_CLASSES[module_class].from_dict)
+    return abstract_params(module_class(config))
 
 
 def abstract_params(module: nn.Module) -> ParamTree:
@@ -252,76 +267,3 @@ def example_inputs(module: nn.Module) -> tuple[jax.ShapeDtypeStruct, ...]:
             return tokens, images(config.vision.image_size, 3)
         case _:
             raise TypeError(f"not a model of this package: {type(module).__name__}")
-
-
-def _config(
-    folder: Path, parse: Callable[[Mapping[str, Any]], _Config], name: str = "config.json"
-) -> _Config:
-    file = folder / name
-    if not folder.is_dir():
-        raise UserError(f"{folder.parent}: no folder {folder.name}, so not a whole model")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{file}: no such file, so {folder} is no model folder") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read as a JSON object ({error})") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{file}: cannot be read as a JSON object")
-    try:
-        return parse(config)
-    except KeyError as error:
-        raise UserError(f"{file}: lacks the key {error}") from error
-    except UserError as error:
-        raise UserError(f"{file}: {error}") from error
-
-
-def _weights_file(folder: Path) -> Path:
-    for stem in _WEIGHTS:
-        for suffix in (".safetensors", ".safetensors.index.json"):
-            file = folder / f"{stem}{suffix}"
-            if file.exists():
-                return file
-    pickles = sorted(file.name for file in folder.glob("*.bin"))
-    if pickles:
-        raise UserError(
-            f"{folder}: the weights are a pickle ({pickles[0]}); convert them to safetensors, "
-            "for example with diffusers' save_pretrained(..., safe_serialization=True)"
-        )
-    wanted = " or ".join(f"{stem}.safetensors" for stem in _WEIGHTS)
-    raise UserError(f"{folder}: no weights; a file {wanted} is needed")
-
-
-def download_file(path: str) -> Path:
-    """Downloads (once) OWNER/NAME/FILE from the hub.
-
-    Raises:
-        UserError: it is no such path, or cannot be downloaded.
-    """
-    import huggingface_hub
-
-    owner, _, rest = path.partition("/")
-    name, _, file = rest.partition("/")
-    if not file or path.startswith((".", "/", "~")):
-        raise UserError(f"{path}: no such file; give one, or OWNER/NAME/FILE on the hub")
-    with _naming(path):
-        return Path(huggingface_hub.hf_hub_download(f"{owner}/{name}", file))
-
-
-def _download(model: str, patterns: Sequence[str] = _HUB_PATTERNS) -> Path:
-    # The import costs a third of a second, which a local model need not pay.
-    import huggingface_hub
-
-    with _naming(model):
-        return Path(huggingface_hub.snapshot_download(model, allow_patterns=list(patterns)))
-
-
-@contextlib.contextmanager
-def _naming(model: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{model}: not found here, and cannot be downloaded from the hub ({reason})"
-        ) from error

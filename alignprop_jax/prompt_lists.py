@@ -24,11 +24,11 @@ def _counts(animals: Sequence[str]) -> tuple[str, ...]:
     return tuple(f"{number} {plural(animal)}" for animal in animals for number in NUMBERS.values())
 
 
-def _with_a_dog(animals: Sequence[str]) -> tuple[str, ...]:
-    """Each animal beside a dog, in either order: "a cat and a dog", "a dog and a horse"."""
-    names = [with_article(animal) for animal in animals if animal != "dog"]
+def _with_a_frog(animals: Sequence[str]) -> tuple[str, ...]:
+    """Each animal beside a frog, in either order: "a cat and a frog", "a frog and a dog"."""
+    names = [with_article(animal) for animal in animals if animal != "frog"]
     return tuple(
-        f"{name} and a dog" if index % 2 == 0 else f"a dog and {name}"
+        f"{name} and a frog" if index % 2 == 0 else f"a frog and {name}"
         for index, name in enumerate(names)
     )
 
@@ -49,7 +49,7 @@ BUILT_IN = {
     for name, make in {
         "animals": _singles,
         "animal_counts": _counts,
-        "animals_with_a_dog": _with_a_dog,
+        "animals_with_a_frog": _with_a_frog,
         "colored_pairs": _colored_pairs,
     }.items()
     for suffix, animals in {"": ANIMALS, "_unseen": ANIMALS_UNSEEN}.items()

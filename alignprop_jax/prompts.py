@@ -36,8 +36,8 @@ def load_prompts(name_or_path: str) -> list[str]:
     return prompts
 
 
-def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerBase":
-    """Returns the CLIP tokenizer saved in `folder`.
+def load_tokenizer(folder: str | Path, pad_token: str | None = None) -> "PreTrainedTokenizerBase":
+    """Returns the CLIP tokenizer saved in `folder`; `pad_token` is used in place of its own.
 
     Raises:
       UserError: the folder holds no tokenizer.
@@ -50,7 +50,8 @@ def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerBase":
     if not any((Path(folder) / name).is_file() for name in needed):
         raise UserError(f"no CLIP tokenizer in {str(folder)!r}; it needs {' or '.join(needed)}")
     try:
-        return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+        special = {"pad_token": pad_token} if pad_token else {}
+        return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True, **special)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"the CLIP tokenizer in {str(folder)!r} cannot be read: {error}") from error
 

@@ -87,9 +87,9 @@ def _count(config: ConfigDict) -> None:
 
 def _remove(config: ConfigDict) -> None:
     config.loss.shape = "negative"
-    config.remove.concept = "dog"
-    config.prompts = "animals_with_a_dog"
-    config.eval_prompts = "animals_with_a_dog_unseen"
+    config.remove.concept = "frog"
+    config.prompts = "animals_with_a_frog"
+    config.eval_prompts = "animals_with_a_frog_unseen"
 
 
 def _last_steps(number: int) -> Callable[[ConfigDict], None]:

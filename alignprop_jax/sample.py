@@ -153,7 +153,7 @@ if __name__ == "__main__":
     _MODEL = flags.DEFINE_string(
         "model",
         None,
-        "diffusers folder, hub id, or emoji for the model in the package",
+        "diffusers folder, single file, hub id, or emoji for the model in the package",
         required=True,
     )
     _PROMPTS = flags.DEFINE_string(

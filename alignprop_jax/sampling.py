@@ -21,7 +21,7 @@ REMAT_POLICIES = ("none", "step", "block")
 
 
 def gate_gradient(denoise: Callable[..., Array], recompute: bool) -> Callable[..., Array]:
-    """Makes the backward pass of one denoiser call optional, decided at run time.
+    """Makes the passes of one denoiser call optional, decided at run time.
 
     The forward pass is `denoise` whatever the gate. The backward pass is a branch: with an open
     gate it differentiates `denoise`, with a closed gate it returns zeros and evaluates nothing, so
@@ -34,41 +34,49 @@ def gate_gradient(denoise: Callable[..., Array], recompute: bool) -> Callable[..
             again; otherwise every activation is.
 
     Returns:
-        `gated(gate, lora, x_t, constants)`, differentiable in `lora` and `x_t`. The constants
-        have no gradient, and therefore cost none.
+        `gated(gate, lora, x_t, constants, runs=None)`, differentiable in `lora` and `x_t`. The
+        constants have no gradient, and therefore cost none. With `runs` the forward pass is a
+        branch too, which evaluates nothing and gives zeros where it is False; the gate must be
+        closed there. What may not be evaluated cannot be kept, so that `recompute` is on then.
     """
 
     @jax.custom_vjp
-    def gated(gate, lora, x_t, constants):
+    def gated(gate, lora, x_t, constants, runs=None):
         del gate
-        return denoise(lora, x_t, constants)
+        if runs is None:
+            return denoise(lora, x_t, constants)
+        # The branch is in here, where no gradient is taken of it: that of a cond copies the weights
+        # at every step, to keep them for its backward pass.
+        return jax.lax.cond(
+            runs, denoise, lambda lora, x_t, constants: jnp.zeros_like(x_t), lora, x_t, constants
+        )
 
-    def forward(gate, lora, x_t, constants):
-        if recompute:
-            return gated(gate, lora, x_t, constants), (gate, lora, x_t, constants)
+    def forward(gate, lora, x_t, constants, runs):
+        if recompute or runs is not None:
+            output = gated(gate, lora, x_t, constants, runs)
+            return output, (gate, lora, x_t, constants, None)
         output, vjp = jax.vjp(lambda lora, x_t: denoise(lora, x_t, constants), lora, x_t)
-        return output, (gate, lora, x_t, vjp)
+        return output, (gate, lora, x_t, None, vjp)
 
     def backward(residuals, cotangent):
-        gate, lora, x_t, kept = residuals
+        gate, lora, x_t, constants, vjp = residuals
 
         def differentiate():
-            if recompute:
-                _, vjp = jax.vjp(lambda lora, x_t: denoise(lora, x_t, kept), lora, x_t)
+            if vjp is not None:
                 return vjp(cotangent)
-            return kept(cotangent)
+            return jax.vjp(lambda lora, x_t: denoise(lora, x_t, constants), lora, x_t)[1](cotangent)
 
         zeros = jax.tree.map(jnp.zeros_like, (lora, x_t))
         lora_cotangent, x_cotangent = jax.lax.cond(gate, differentiate, lambda: zeros)
-        return None, lora_cotangent, x_cotangent, None
+        return None, lora_cotangent, x_cotangent, None, None
 
     gated.defvjp(forward, backward)
     return gated
 
 
-def interleave(first: Float[Array, "b *s"], second: Float[Array, "b *s"]) -> Float[Array, "2*b *s"]:
-    """Merges two batches, image by image, so that a batch split over devices stays where it is."""
-    return jnp.stack([first, second], axis=1).reshape(-1, *first.shape[1:])
+def interleave(*batches: Float[Array, "b *s"]) -> Float[Array, "n*b *s"]:
+    """Merges n batches, image by image, so that a batch split over devices stays where it is."""
+    return jnp.stack(batches, axis=1).reshape(-1, *batches[0].shape[1:])
 
 
 def make_sampler(
@@ -77,8 +85,9 @@ def make_sampler(
     guidance_scale: float,
     eta: float = 0.0,
     remat: str = "step",
-) -> Callable[..., Float[Array, "b H W 3"]]:
-    """Builds the differentiable sampler of AlignProp (arXiv 2310.03739).
+    detach_input: bool = False,
+) -> Callable[..., Float[Array, "n*b H W 3"]]:
+    """Builds the differentiable sampler of AlignProp (arXiv 2310.03739) and its relatives.
 
     Args:
         sd: the model.
@@ -88,10 +97,11 @@ def make_sampler(
         eta: 0 for deterministic DDIM, 1 for DDPM's noise.
         remat: "step" and "block" evaluate each trained step again in the backward pass, "none"
             stores it. What "block" does besides is up to the modules, see `Execution`.
+        detach_input: the UNet's input is a constant to the gradient, see `GradientPath`.
 
     Returns:
-        `sample(params, lora, latents, conditioning, uncond, key, trained=None,
-        lora_timesteps=None) -> images`, a pure function, see there.
+        `sample(params, lora, latents, conditioning, uncond, key, trained=None, stop=None,
+        renoise=0, lora_timesteps=None) -> images`, a pure function, see there.
 
     Raises:
         UserError: for a setting that the model's scheduler cannot follow.
@@ -108,6 +118,8 @@ def make_sampler(
             # Weights that are split over devices are to be gathered here, layer by layer. XLA would
             # do so once for all steps, and keep them whole.
             unet_params, x_t = jax.lax.optimization_barrier((unet_params, x_t))
+        if detach_input:
+            x_t = jax.lax.stop_gradient(x_t)
         variables = (
             {"params": unet_params} if lora is None else {"params": unet_params, "lora": lora}
         )
@@ -127,8 +139,10 @@ def make_sampler(
         uncond: Conditioning,
         key: Key[Array, "*b"],
         trained: Bool[Array, " t"] | None = None,
+        stop: Int[Array, ""] | None = None,
+        renoise: int = 0,
         lora_timesteps: tuple[Int[Array, ""], Int[Array, ""]] | None = None,
-    ) -> Float[Array, "b H W 3"]:
+    ) -> Float[Array, "n*b H W 3"]:
         """Samples one image for each of the latents.
 
         Args:
@@ -138,16 +152,22 @@ def make_sampler(
             conditioning: the encoded prompts.
             uncond: the encoded negative prompts, one an image or one for all; not used without
                 guidance.
-            key: source of the noise that eta > 0 adds: one key, or one an image, which makes an
-                image independent of the batch it is sampled in.
+            key: source of the noise that eta > 0 and `renoise` add: one key, or one an image, which
+                makes an image independent of the batch it is sampled in.
             trained: the steps at which the gradient enters the UNet; None for none. Elsewhere the
                 UNet's output is a constant, while the latents keep their gradient, so that it
                 crosses an untrained step along the linear terms of DDIM.
+            stop: the step that is the last: its image is the x_0 it predicts. Those after it cost
+                nothing and must not be trained. None for all steps, and the sample.
+            renoise: copies of each sample that are noised to the last timestep and take the last
+                step again, trained; the sample that they come from is a constant to them.
             lora_timesteps: the highest and the lowest timestep at which the UNet has the LoRA, both
-                included; None for all. It is data: one compiled program serves every range.
+                included; None for all.
+
+        `trained`, `stop` and `lora_timesteps` are data: one compiled program serves all of them.
 
         Returns:
-            Images in [0, 1].
+            Images in [0, 1], each followed by its copies.
         """
         batch = latents.shape[0]
         if guided:
@@ -156,24 +176,44 @@ def make_sampler(
         if trained is None:
             trained = jnp.zeros(num_steps, bool)
         keys = jax.random.split(key, batch) if key.ndim == 0 else key
+        # A copy is one more step of the scan, after which the sample itself is carried on.
+        num_rows = num_steps + renoise
+        trained = jnp.append(trained, jnp.ones(renoise, bool)) if renoise else trained
+        rows = steps.repeating_the_last(renoise) if renoise else steps
+        rows = rows if stop is None else rows.ending_at(stop)
 
-        def step(x_t, inputs):
+        # Noise of a number below num_rows is eta's, of one above it the copies'.
+        def draw_noise(index):
+            return jax.vmap(
+                lambda key: jax.random.normal(jax.random.fold_in(key, index), latents.shape[1:])
+            )(keys)
+
+        def step(carried, inputs):
             index, is_trained, at = inputs
+            x_t, runs = carried, None if stop is None else index <= stop
+            is_copy = index >= num_steps
+            if renoise:
+                noise = draw_noise(num_rows + index)
+                noisy = sd.scheduler.add_noise(jax.lax.stop_gradient(x_t), noise, at.alpha_bar)
+                x_t = jnp.where(is_copy, noisy, x_t)
             factors = lora
             if lora_timesteps is not None:
                 high, low = lora_timesteps
                 factors = scale_lora(lora, (low <= at.timesteps) & (at.timesteps <= high))
             constants = (params["unet"], conditioning, at.timesteps)
-            output = gated_denoise(is_trained, factors, x_t, constants)
-            noise = None
-            if eta > 0:
-                noise = jax.vmap(
-                    lambda key: jax.random.normal(jax.random.fold_in(key, index), x_t.shape[1:])
-                )(keys)
-            return sd.scheduler.step(output, x_t, at, noise), None
+            output = gated_denoise(is_trained, factors, x_t, constants, runs)
+            noise = draw_noise(index) if eta > 0 else None
+            x_prev = sd.scheduler.step(output, x_t, at, noise)
+            if stop is not None:
+                x_prev = jnp.where(runs, x_prev, x_t)
+            if not renoise:
+                return x_prev, None
+            return jnp.where(is_copy, carried, x_prev), x_prev
 
-        inputs = (jnp.arange(num_steps), trained, jax.tree.map(jnp.asarray, steps))
-        x_0, _ = jax.lax.scan(step, latents.astype(jnp.float32), inputs)
+        inputs = (jnp.arange(num_rows), trained, jax.tree.map(jnp.asarray, rows))
+        x_0, after = jax.lax.scan(step, latents.astype(jnp.float32), inputs)
+        if renoise:
+            x_0 = interleave(x_0, *after[num_steps:])
         return decode_latents(sd, params, x_0)
 
     return sample

@@ -6,9 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from alignprop_jax.errors import UserError
 
@@ -28,6 +29,19 @@ class SamplerSteps(NamedTuple):
     alpha_bar_prev: np.ndarray  # [T] float32, signal power after the step
     sigma: np.ndarray  # [T] float32, standard deviation of the noise that the step adds
     direction: np.ndarray  # [T] float32, amplitude of the predicted noise that the step keeps
+
+    def ending_at(self, index: Int[Array, ""]) -> "SamplerSteps":
+        """The same steps, but the one at `index` ends at the x_0 that it predicts."""
+        ends = jnp.arange(len(self.timesteps)) == index
+        return self._replace(
+            alpha_bar_prev=jnp.where(ends, 1.0, self.alpha_bar_prev),
+            sigma=jnp.where(ends, 0.0, self.sigma),
+            direction=jnp.where(ends, 0.0, self.direction),
+        )
+
+    def repeating_the_last(self, times: int) -> "SamplerSteps":
+        """The same steps, and the last one so many times more."""
+        return jax.tree.map(lambda x: np.append(x, np.repeat(x[-1:], times)), self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,6 +253,15 @@ class DDIMScheduler:
         x_0, eps = self.predict(model_output, x_t, at.alpha_bar)
         x_prev = jnp.sqrt(at.alpha_bar_prev) * x_0 + at.direction * eps
         return x_prev if noise is None else x_prev + at.sigma * noise
+
+    def add_noise(
+        self,
+        x_0: Float[Array, "*shape"],
+        noise: Float[Array, "*shape"],
+        alpha_bar: Float[Array, ""],
+    ) -> Float[Array, "*shape"]:
+        """The sample `x_0` among standard normal noise, eq. 4 of arXiv 2010.02502."""
+        return jnp.sqrt(alpha_bar) * x_0 + jnp.sqrt(1 - alpha_bar) * noise
 
 
 # Models are trained on tables that were rounded to float32 at each stage, and 1 - alpha_bar shows

@@ -30,7 +30,7 @@ def summarize(
         "unseen_before": rewards[UNSEEN, 0],
         "unseen_after": rewards[UNSEEN, steps],
         "steps": steps,
-        "reward_queries": steps * config.train.batch_size,
+        "reward_queries": steps * config.train.batch_size * (1 + config.gradient.renoise),
         "seconds_compile": seconds_compile,
         "seconds_per_step": float(np.mean(seconds_of_steps(workdir))),
         "seconds_total": seconds_total,

@@ -22,12 +22,14 @@ from alignprop_jax.algorithms.alignprop import make_train_step
 from alignprop_jax.algorithms.optimizer import make_optimizer
 from alignprop_jax.checkpoints import Checkpoints, make_fingerprint
 from alignprop_jax.compilation import enable_compilation_cache
-from alignprop_jax.config import define_config_flag, validate
+from alignprop_jax.config import define_config_flag, gradient_path, to_json, validate
 from alignprop_jax.dashboards import open_dashboards
 from alignprop_jax.errors import UserError, run_program
 from alignprop_jax.evaluation import Evaluator, make_evaluator, make_judges
 from alignprop_jax.experiment import TRAIN, UNSEEN, Experiment, load_experiment, make_keys
+from alignprop_jax.kohya import save_kohya_lora
 from alignprop_jax.lora import count_parameters, init_lora
+from alignprop_jax.lora_file import continue_lora, save_lora
 from alignprop_jax.losses import make_loss
 from alignprop_jax.metrics import Record
 from alignprop_jax.progress import progress_bar
@@ -35,7 +37,6 @@ from alignprop_jax.reports import Reports
 from alignprop_jax.standardization import standardize_parts
 from alignprop_jax.state import TrainState, create_train_state
 from alignprop_jax.summary import describe_result, seconds_of_steps, summarize
-from alignprop_jax.truncation import Truncation
 from alignprop_jax.workdir import Workdir
 
 # After so many steps in a row without a finite gradient, no later one will have it.
@@ -66,6 +67,8 @@ def train(config: ConfigDict, path: epath.PathLike) -> None:
         resumed = distributed.from_main(checkpoints.latest_step) is not None
         if resumed:
             state = checkpoints.restore(state)
+        elif config.lora.init:
+            state = start_from_file(config, experiment, state)
         first_step = int(state.step)
         finished = distributed.from_main(workdir.load_summary() is not None)
         if first_step >= config.train.num_steps and finished:
@@ -90,8 +93,7 @@ def train(config: ConfigDict, path: epath.PathLike) -> None:
             if int(state.step) < config.train.num_steps:
                 print(f"stopped after step {int(state.step)}; the same command resumes the run")
                 return
-            metadata = {"base_model": config.model, "reward": experiment.reward.name}
-            workdir.save_lora(sharding.gather(state.lora), config.lora.alpha, metadata)
+            save_loras(config, experiment, state, workdir)
             evaluate_after(int(state.step), state, workdir, reports)
     if distributed.is_main():
         seconds_earlier = sum(seconds_of_steps(workdir)[:first_step])
@@ -101,11 +103,21 @@ def train(config: ConfigDict, path: epath.PathLike) -> None:
 
 
 def create_state(config: ConfigDict, experiment: Experiment) -> TrainState:
-    """Returns the state before the first step, on every device."""
+    """Returns the state before the first step of a fresh LoRA, on every device."""
     keys, settings = make_keys(config.train.seed), config.lora
     lora = init_lora(keys.lora, experiment.params["unet"], settings.rank, settings.targets)
     state = create_train_state(lora, optimizer_of(config), keys.train)
     return sharding.put(state, sharding.replicated(experiment.mesh))
+
+
+def start_from_file(config: ConfigDict, experiment: Experiment, state: TrainState) -> TrainState:
+    """Returns the state before the first step, with the factors of `config.lora.init`.
+
+    A run that is resumed has no more need of that file.
+    """
+    scale = config.lora.alpha / config.lora.rank
+    lora = continue_lora(config.lora.init, state.lora, experiment.params["unet"], scale)
+    return state.replace(lora=sharding.put(lora, sharding.replicated(experiment.mesh)))
 
 
 def optimizer_of(config: ConfigDict) -> optax.GradientTransformation:
@@ -171,12 +183,13 @@ def compile_train_step(
     """Compiles one update; returns it with the seconds that took."""
     key = "microbatch_size" if config.train.microbatch_size else "batch_size"
     sharding.check_batch_size(f"train.{key}", config.train[key], experiment.mesh)
+    path = gradient_path(config)
     train_step = make_train_step(
-        experiment.sample,
+        functools.partial(experiment.sample, renoise=path.renoise),
         experiment.reward,
         make_loss(config.loss.shape, config.loss.target, config.loss.scale),
         optimizer_of(config),
-        functools.partial(Truncation(**config.truncation).draw, num_steps=config.sampler.num_steps),
+        functools.partial(path.draw, num_steps=config.sampler.num_steps),
         latent_shape=experiment.sd.latent_shape,
         lora_scale=config.lora.alpha / config.lora.rank,
         batch_size=config.train.batch_size,
@@ -259,6 +272,30 @@ def stop_if_hopeless(metrics: Record, step: int, checkpoints: Checkpoints) -> No
         f"the gradient was NaN or infinite {MAX_SKIPPED_IN_A_ROW} steps in a row, up to step {step}"
         f" ({'no checkpoint yet' if kept is None else f'the checkpoint of step {kept} is kept'}); "
         "lower config.train.learning_rate, or check the reward"
+    )
+
+
+def save_loras(
+    config: ConfigDict, experiment: Experiment, state: TrainState, workdir: Workdir
+) -> None:
+    """Writes the trained LoRA for diffusers and PEFT, and for ComfyUI and A1111's web UI."""
+    lora = sharding.gather(state.lora)
+    if not distributed.is_main():
+        return
+    metadata = {
+        "base_model": config.model,
+        "reward": experiment.reward.name,
+        "config": to_json(config),
+    }
+    alpha = config.lora.alpha
+    save_lora(workdir.lora, lora, alpha, metadata)
+    save_kohya_lora(
+        workdir.kohya_lora,
+        lora,
+        alpha,
+        experiment.params["unet"],
+        experiment.sd.scheduler.prediction_type,
+        metadata,
     )
 
 

@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Int, Key
 
 from alignprop_jax.errors import UserError
 
-STRATEGIES = ("full", "fixed", "uniform", "gaussian", "per_step")
+STRATEGIES = ("full", "fixed", "uniform", "gaussian", "per_step", "last", "spaced")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,12 +27,15 @@ class Truncation:
             "gaussian", the same with the floor of a normal variable of `mean` and `std` that is
             truncated to [1, T), so that at least the last step is trained;
             "per_step", a fresh uniform cut-off at every step, which scatters the trained steps and
-            makes late ones more likely.
+            makes late ones more likely;
+            "last", the last `k` steps that are run;
+            "spaced", `k` steps that lie T // k apart, the first of them random.
         start: see "fixed".
         mean: see "gaussian".
         std: see "gaussian".
         min: see "uniform" and "per_step".
         max: see "uniform" and "per_step".
+        k: see "last" and "spaced".
     """
 
     strategy: str
@@ -41,6 +44,7 @@ class Truncation:
     std: float = 1.0
     min: int = 0
     max: int = 0
+    k: int = 1
 
     def check(self, num_steps: int) -> None:
         """Raises UserError unless `num_steps` sampler steps can be drawn from."""
@@ -58,6 +62,11 @@ class Truncation:
                 f"truncation.min is {self.min} and truncation.max is {self.max}; with {num_steps} "
                 f"sampler steps they must be in order and lie between 0 and {num_steps}"
             )
+        if self.strategy in ("last", "spaced") and not 1 <= self.k <= num_steps:
+            raise UserError(
+                f"truncation.k is {self.k}; with {num_steps} sampler steps it must lie between 1 "
+                f"and {num_steps}"
+            )
         if self.strategy == "gaussian":
             if num_steps < 2:
                 raise UserError("truncation.strategy 'gaussian' needs at least 2 sampler steps")
@@ -69,12 +78,27 @@ class Truncation:
                     f"least 1 and below {num_steps}"
                 )
 
-    def draw(self, key: Key[Array, ""], num_steps: int) -> Bool[Array, " t"]:
+    def latest_phase(self, num_steps: int) -> int:
+        """Where the first of the "spaced" steps is at the latest; at the earliest it is step 0."""
+        return num_steps - 1 - (self.k - 1) * (num_steps // self.k)
+
+    def draw(
+        self, key: Key[Array, ""], num_steps: int, stop: Int[Array, ""] | None = None
+    ) -> Bool[Array, " t"]:
         """Draws the trained ones of T = `num_steps` steps, using up `key`.
 
         Where the value is False, the denoiser's output is a constant to the gradient.
+
+        Args:
+            stop: the last step that is run; None for all.
         """
         steps = jnp.arange(num_steps)
+        if self.strategy == "last":
+            return steps > (num_steps - 1 if stop is None else stop) - self.k
+        if self.strategy == "spaced":
+            since_first = steps - jax.random.randint(key, (), 0, self.latest_phase(num_steps) + 1)
+            nth, between = jnp.divmod(since_first, num_steps // self.k)
+            return (between == 0) & (0 <= nth) & (nth < self.k)
         if self.strategy == "full":
             return jnp.ones(num_steps, bool)
         if self.strategy == "fixed":

@@ -14,11 +14,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save, save_file
 
+from alignprop_jax.buckets import in_bucket
 from alignprop_jax.errors import UserError
+from alignprop_jax.torch_file import read_pickle, read_pickle_shapes
 
 ParamTree = Mapping[str, Any]
 
@@ -73,19 +76,25 @@ def save_params(
 
 
 def write_safetensors(
-    tensors: Mapping[str, np.ndarray], path: str | Path, metadata: Mapping[str, str] | None = None
+    tensors: Mapping[str, np.ndarray],
+    path: epath.PathLike,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes named arrays; UserError where the file cannot be written."""
-    path = Path(path)
+    """Writes named arrays to a disk or a bucket; UserError where the file cannot be written."""
     # safetensors writes the memory behind a view, not the view; order="C" keeps scalars scalar.
     contiguous = {name: np.array(tensor, order="C") for name, tensor in tensors.items()}
+    # transformers refuses a file whose header does not name the framework.
+    header = {"format": "pt", **(metadata or {})}
+    if in_bucket(path):
+        epath.Path(path).write_bytes(save(contiguous, header))
+        return
+    path = Path(path)
     partial = path.with_name(f"{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.touch()
         usual_mode = partial.stat().st_mode
-        # transformers refuses a file whose header does not name the framework.
-        save_file(contiguous, partial, metadata={"format": "pt", **(metadata or {})})
+        save_file(contiguous, partial, header)
         # safetensors leaves a file that its owner alone can read.
         partial.chmod(usual_mode)
         os.replace(partial, path)
@@ -93,11 +102,35 @@ def write_safetensors(
         raise UserError(f"{path}: cannot be written ({error})") from error
 
 
-def read_safetensors(path: str | Path) -> Iterator[tuple[str, np.ndarray]]:
+def read_tensors(path: str | Path, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
+    """Yields names and arrays one by one, of safetensors or of a state dict by `torch.save`.
+
+    Args:
+        path: the file, or the `.json` index of one sharded over several.
+        prefix: of the names; other tensors are not read.
+
+    Raises:
+        UserError: a file is absent, cut or no such file, or takes PyTorch, which is missing.
+    """
+    for file in _shards(Path(path)):
+        read = read_safetensors if file.suffix == ".safetensors" else read_pickle
+        yield from read(file, prefix)
+
+
+def read_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of one file by name; UserErrors as for `read_tensors`."""
+    if Path(path).suffix != ".safetensors":
+        return read_pickle_shapes(path)
+    with _open(path) as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+
+
+def read_safetensors(path: str | Path, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
     """Yields names and arrays one by one; UserError for a file that is absent, cut or another's."""
     with _open(path) as file:
         for name in file.keys():
-            yield name, file.get_tensor(name)
+            if name.startswith(prefix):
+                yield name, _get_tensor(file, name, path)
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
@@ -107,22 +140,21 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 
 
 def load_params(abstract: ParamTree, path: str | Path, dtype: Any = np.float32) -> ParamTree:
-    """Fills an abstract parameter tree from safetensors, one tensor at a time.
+    """Fills an abstract parameter tree from a file of weights, one tensor at a time.
 
     Args:
         abstract: the tree a module expects: nested dicts of anything with a shape.
-        path: a safetensors file, or the `.index.json` of a model sharded over several.
+        path: as for `read_tensors`.
         dtype: floating type of the returned arrays, whatever the file's.
 
     Returns:
         A tree of jax arrays, shaped as `abstract`.
 
     Raises:
-        UserError: a file is absent, truncated or no safetensors file; or a tensor is missing,
-            unexpected or of another shape. The message names the tensor, and both shapes.
+        UserError: as for `read_tensors`; or a tensor is missing, unexpected or of another shape.
+            The message names the tensor, and both shapes.
     """
-    tensors = (pair for file in _shards(Path(path)) for pair in read_safetensors(file))
-    return fill_params(abstract, tensors, path, dtype)
+    return fill_params(abstract, read_tensors(path), path, dtype)
 
 
 def fill_params(
@@ -142,9 +174,14 @@ def fill_params(
     for name, tensor in tensors:
         keys = paths.get(_current_name(name, paths))
         if keys is not None:
-            leaves[keys] = _convert(source, name, tensor, keys, expected[keys].shape, dtype)
+            _check_shape(source, name, tensor, _torch_shape(keys, expected[keys].shape))
+            # Of the two types of a tensor one at a time is in memory, of its two layouts both; and
+            # nothing of it while the next one is read.
+            tensor = tensor.astype(dtype, copy=False)
+            leaves[keys] = jax.device_put(from_torch_layout(keys, tensor)).block_until_ready()
         elif name.rsplit(".")[-1] not in _BUFFERS:
             unexpected.append((name, tensor.shape))
+        del tensor
     missing = [
         (name, _torch_shape(keys, expected[keys].shape))
         for name, keys in paths.items()
@@ -157,16 +194,12 @@ def fill_params(
     return unflatten_dict(leaves)
 
 
-def _convert(
-    source: str | Path, name: str, tensor: np.ndarray, keys: Sequence[str], shape: tuple, dtype: Any
-) -> jax.Array:
-    wanted = _torch_shape(keys, shape)
+def _check_shape(source: str | Path, name: str, tensor: np.ndarray, wanted: tuple) -> None:
     if tensor.shape != wanted:
         raise UserError(
             f"{source}: tensor {name} has shape {list(tensor.shape)}, "
             f"the model needs {list(wanted)}"
         )
-    return jax.numpy.asarray(from_torch_layout(keys, tensor), dtype)
 
 
 def _torch_shape(keys: Sequence[str], shape: tuple) -> tuple:
@@ -195,15 +228,27 @@ def _shards(path: Path) -> list[Path]:
         names = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise UserError(
-            f"{path}: cannot be read as an index of safetensors files ({error})"
+            f"{path}: cannot be read as an index of files of weights ({error})"
         ) from error
     return [path.with_name(name) for name in sorted(set(names))]
+
+
+def _get_tensor(file: Any, name: str, path: str | Path) -> np.ndarray:
+    try:
+        return file.get_tensor(name)
+    except AttributeError as error:  # numpy has no such type
+        stored = file.get_slice(name).get_dtype()
+        raise UserError(
+            f"{path}: tensor {name} is stored as {stored}, which cannot be read; "
+            "convert the file to float16 or bfloat16"
+        ) from error
 
 
 @contextlib.contextmanager
 def _open(path: str | Path) -> Iterator[Any]:
     try:
-        with safe_open(path, framework="numpy") as file:
+        # Pages of a mapped file would stay in memory beside the arrays made of them.
+        with safe_open(path, framework="numpy", backend="pread") as file:
             yield file
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error

@@ -1,8 +1,6 @@
 """The folder of a run and the names of what lies in it."""
 
 import json
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,13 +8,13 @@ from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
 
-from alignprop_jax import lora_file
 from alignprop_jax.config import describe_changes, to_json
 from alignprop_jax.distributed import all_agree, from_main, is_main, on_main
 from alignprop_jax.errors import UserError
 from alignprop_jax.evaluation import Evaluation
-from alignprop_jax.lora import LoraTree
-from alignprop_jax.metrics import JsonLines, Record, in_bucket, write_atomically, write_json
+from alignprop_jax.kohya import KOHYA_FILE
+from alignprop_jax.lora_file import LORA_FILE
+from alignprop_jax.metrics import JsonLines, Record, write_atomically, write_json
 
 
 class Workdir:
@@ -38,7 +36,8 @@ class Workdir:
         self.evaluations = JsonLines(path / "eval.jsonl")
         self.images = path / "images"
         self.checkpoints = path / "checkpoints"
-        self.lora = path / "lora" / lora_file.LORA_FILE
+        self.lora = path / "lora" / LORA_FILE
+        self.kohya_lora = path / "lora" / KOHYA_FILE
         self.reward_parts = path / "reward_parts.json"
         self._summary = path / "summary.json"
         self._config = path / "config.json"
@@ -89,17 +88,6 @@ class Workdir:
         """Writes images/NAME.png."""
         with (self.images / f"{name}.png").open("wb") as file:
             image.save(file, "PNG")
-
-    @on_main
-    def save_lora(self, lora: LoraTree, alpha: float, metadata: dict[str, Any]) -> None:
-        """Writes lora/pytorch_lora_weights.safetensors; see `lora_file.save_lora`."""
-        if not in_bucket(self.lora):
-            lora_file.save_lora(self.lora, lora, alpha, metadata)
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            local = Path(folder) / self.lora.name
-            lora_file.save_lora(local, lora, alpha, metadata)
-            self.lora.write_bytes(local.read_bytes())
 
     @on_main
     def save_before(self, evaluations: dict[str, Evaluation]) -> None:

@@ -3,7 +3,7 @@
 # .venv there and installs the package in it, editable. Asks nothing and can be run again: pip is
 # called only when setup.py, the interpreter or the place of the checkout has changed.
 #
-#   prepare_environment PURPOSE   PURPOSE: run, or an extra of setup.py, such as test
+#   prepare_environment PURPOSE   PURPOSE: run, or an extra of setup.py, such as test or tpu
 #   $python                       the interpreter of .venv
 
 set -euo pipefail
@@ -49,7 +49,7 @@ prepare_environment() {
     if [[ -f $stamp && $(<"$stamp") == "$state" ]]; then
         return
     fi
-    echo "Installing what it takes to $purpose in .venv; the first time this takes some minutes"
+    echo "Installing in .venv what a $purpose needs; the first time this takes some minutes"
     if [[ $purpose == test ]]; then
         # By exact version, so that pip takes a CPU build where one is offered.
         "$python" -m pip install --quiet --disable-pip-version-check "torch==2.13.0"

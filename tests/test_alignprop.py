@@ -11,6 +11,7 @@ from alignprop_jax.algorithms.alignprop import PromptTable, make_train_step
 from alignprop_jax.algorithms.optimizer import make_optimizer
 from alignprop_jax.algorithms.prompt_order import prompt_indices
 from alignprop_jax.errors import UserError
+from alignprop_jax.gradient_path import StepDraw
 from alignprop_jax.losses import make_loss
 from alignprop_jax.rewards.base import Reward, no_prompt_inputs
 from alignprop_jax.stable_diffusion import Conditioning
@@ -23,9 +24,10 @@ LATENT_SHAPE = (2, 2, 3)
 LORA_SCALE = 0.5
 
 
-def toy_sample(params, lora, latents, conditioning, uncond, keys, trained):
+def toy_sample(params, lora, latents, conditioning, uncond, keys, trained, stop):
     """Brightness that grows with the factors at each trained step; texture from the latents."""
     assert keys.shape == latents.shape[:1]
+    assert stop is None
     factors = lora["layer"]["down"] @ lora["layer"]["up"]
     change = jnp.mean(trained) * params["unet"] * jnp.sum(factors)
     brightness = change + jnp.mean(conditioning.hidden_states, axis=(1, 2))
@@ -64,14 +66,14 @@ def prompts():
     )
 
 
-def make_step(optimizer, *, reward=None, trained=(0, 1, 1, 1), **options):
+def make_step(optimizer, *, sample=toy_sample, reward=None, trained=(0, 1, 1, 1), **options):
     options = {"batch_size": BATCH, "latent_shape": LATENT_SHAPE, **options}
     step = make_train_step(
-        toy_sample,
+        sample,
         reward or toy_reward(),
         make_loss("target", target=10.0, scale=0.1),
         optimizer,
-        lambda key: jnp.asarray(trained, bool),
+        lambda key: StepDraw(jnp.asarray(trained, bool), None),
         lora_scale=LORA_SCALE,
         **options,
     )
@@ -102,6 +104,30 @@ def test_update_is_the_one_derived_by_hand(lora, prompts):
     assert metrics["start_step"] == 1
     assert new.step == 1
     assert metrics["skipped"] == metrics["skipped_in_a_row"] == 0
+
+
+@pytest.mark.parametrize("microbatch_size", [0, 2])
+def test_losses_of_copies_are_summed_each_with_the_prompt_of_its_sample(
+    lora, prompts, microbatch_size
+):
+    optimizer = optax.sgd(0.5)
+    state = create_train_state(lora, optimizer, jax.random.key(0))
+
+    def sample_with_copies(*args):
+        return jnp.repeat(toy_sample(*args), 3, axis=0)
+
+    def step(sample):
+        train_step = make_step(optimizer, sample=sample, microbatch_size=microbatch_size)
+        return train_step(PARAMS, REWARD_PARAMS, prompts, state)
+
+    (one, metrics), (three, metrics_of_three) = step(toy_sample), step(sample_with_copies)
+    for name in ("loss", "grad_norm"):
+        np.testing.assert_allclose(metrics_of_three[name], 3 * metrics[name], rtol=1e-5)
+    for name in ("reward_mean", "reward_std"):
+        np.testing.assert_allclose(metrics_of_three[name], metrics[name], rtol=1e-5)
+    for leaf in ("down", "up"):
+        old, new, tripled = (tree["layer"][leaf] for tree in (state.lora, one.lora, three.lora))
+        np.testing.assert_allclose(tripled - old, 3 * (new - old), rtol=1e-4, atol=1e-6)
 
 
 def test_metrics_are_of_the_whole_batch(lora, prompts):

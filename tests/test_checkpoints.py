@@ -144,7 +144,7 @@ def test_restore_gives_numpy_arrays_of_any_step(tmp_path):
     newest, earlier = restore(tmp_path / "run"), restore(tmp_path / "run", step=3)
     assert (newest["step"], earlier["step"]) == (7, 3)
     got, wanted = (state["lora"]["mid_block"]["to_q"]["up"] for state in (earlier, make_state(3)))
-    assert isinstance(got, np.ndarray)
+    assert isinstance(got, np.ndarray) and got.dtype == wanted.dtype
     np.testing.assert_array_equal(got, wanted)
     with pytest.raises(UserError, match="no checkpoint 5 in .*run; there are 3, 7"):
         restore(tmp_path / "run", step=5)

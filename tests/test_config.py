@@ -1,7 +1,10 @@
 import json
+import subprocess
+import sys
 
 import pytest
 
+from alignprop_jax.algorithms.presets import PRESETS, use_algorithm
 from alignprop_jax.config import (
     check_key,
     default_config,
@@ -18,7 +21,8 @@ CONTRACT = """
     algorithm model prompts eval_prompts reward remat dtype
     sampler.num_steps sampler.guidance_scale sampler.eta
     truncation.strategy truncation.start truncation.mean truncation.std
-    truncation.min truncation.max
+    truncation.min truncation.max truncation.k
+    gradient.detach_input gradient.reward_at gradient.stop_share gradient.renoise
     lora.rank lora.alpha lora.targets
     train.num_steps train.batch_size train.learning_rate train.weight_decay train.max_grad_norm
     train.seed train.microbatch_size checkpoint.every checkpoint.keep
@@ -59,6 +63,8 @@ def test_every_truncation_strategy_is_allowed(strategy):
     "key, value, named",
     [
         ("algorithm", "sgd", "config.algorithm='sgd' must be one of alignprop"),
+        ("gradient.reward_at", "noise", "gradient.reward_at='noise' must be one of sample, pred"),
+        ("gradient.renoise", -1, "gradient.renoise is -1"),
         ("loss.shape", "cubic", "config.loss.shape='cubic' must be one of target"),
         ("truncation.strategy", "none", "config.truncation.strategy='none' must be one of full"),
         ("remat", "all", "config.remat='all' must be one of none, step"),
@@ -81,6 +87,86 @@ def test_a_bad_value_is_named_with_what_is_allowed(key, value, named):
     config.update_from_flattened_dict({key: value})
     with pytest.raises(UserError, match=named):
         validate(config)
+
+
+@pytest.mark.parametrize("algorithm", PRESETS)
+@pytest.mark.parametrize("num_steps", [10, 50])
+def test_an_algorithm_is_its_settings_whatever_was_set_before(algorithm, num_steps):
+    config = default_config()
+    for other in PRESETS:
+        use_algorithm(config, other)
+    use_algorithm(config, algorithm)
+    config.sampler.num_steps = num_steps
+    config.truncation.max = num_steps
+    validate(config)
+    assert config.algorithm == algorithm
+    path = (config.gradient.detach_input, config.gradient.reward_at, config.gradient.renoise)
+    assert (config.truncation.strategy, *path) == {
+        "alignprop": ("uniform", False, "sample", 0),
+        "draft": ("full", False, "sample", 0),
+        "draft_k": ("last", False, "sample", 0),
+        "draft_lv": ("last", False, "sample", 2),
+        "refl": ("last", False, "prediction", 0),
+        "drtune": ("spaced", True, "prediction", 0),
+    }[algorithm]
+
+
+@pytest.mark.parametrize("algorithm", [name for name in PRESETS if name != "alignprop"])
+def test_a_name_without_its_steps_is_refused(algorithm):
+    config = default_config()
+    config.algorithm = algorithm
+    with pytest.raises(UserError, match=rf"use_algorithm\(config, '{algorithm}'\) sets"):
+        validate(config)
+
+
+def test_there_is_no_draft_k_of_no_steps():
+    config = default_config()
+    use_algorithm(config, "draft_k")
+    config.truncation.k = 0
+    with pytest.raises(UserError, match="truncation.k is 0; .* between 1 and 50"):
+        validate(config)
+    with pytest.raises(UserError, match="config.algorithm='draft_l' must be one of alignprop, dr"):
+        use_algorithm(config, "draft_l")
+
+
+def read_command_line(*arguments):
+    """The config that a program gets."""
+    program = """
+from alignprop_jax.config import define_config_flag, to_json
+from alignprop_jax.errors import run_program
+config = define_config_flag()
+run_program(lambda argv: print(to_json(config.value)))
+"""
+    line = [sys.executable, "-c", program, *arguments]
+    process = subprocess.run(line, capture_output=True, text=True, timeout=600)
+    return json.loads(process.stdout) if process.returncode == 0 else process.stderr
+
+
+def test_the_command_line_names_an_algorithm_and_departs_from_it():
+    spec = "--config=configs/emoji.py:aesthetic"
+    config = read_command_line(
+        spec,
+        "--config.gradient.renoise=3",
+        "--config.algorithm=draft_lv",
+        "--config.truncation.k=2",
+    )
+    assert config["algorithm"] == "draft_lv"
+    truncation = config["truncation"]
+    assert (truncation["strategy"], truncation["k"], config["gradient"]["renoise"]) == (
+        "last",
+        2,
+        3,
+    )
+    config = read_command_line(
+        spec, "--config.algorithm", "drtune", "--noconfig.gradient.detach_input"
+    )
+    assert (config["algorithm"], config["truncation"]["strategy"]) == ("drtune", "spaced")
+    assert config["gradient"]["detach_input"] is False
+    # That of the file is as the file has it.
+    config = read_command_line(spec, "--config.algorithm=alignprop")
+    assert config["truncation"]["strategy"] == "full"
+    error = read_command_line(spec, "--config.algorithm=ddpq")
+    assert error.startswith("error: config.algorithm='ddpq' must be one of alignprop, draft, ")
 
 
 def test_a_file_cannot_smuggle_in_an_unknown_key_or_another_type():

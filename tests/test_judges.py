@@ -40,7 +40,7 @@ def folder(tmp_path):
         save_params(params, tmp_path / f"{name}.safetensors", np.float16)
     config = {name: {"classes": classes} for name, classes in CLASSES.items()}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "clip").symlink_to(resolve_network("emoji", "clip"))
+    (tmp_path / "clip").symlink_to(resolve_network("emoji", "scene_clip"))
     return tmp_path
 
 
@@ -98,7 +98,8 @@ def test_agreement_is_the_cosine_of_a_clip_of_its_own(folder):
     expected = reward.score(reward.params, images(3), reward.prepare(prompts))
     agreement = load_judges(folder)["agreement"]
     for _ in range(2):  # the second time from embeddings it knows
-        np.testing.assert_allclose(agreement(images(3), prompts), expected, rtol=1e-5)
+        # Cosines, of which one is near zero.
+        np.testing.assert_allclose(agreement(images(3), prompts), expected, rtol=0, atol=1e-6)
 
 
 def test_finds_what_has_a_positive_logit(folder):

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,20 @@ SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / ".ci" / "run"]
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_script_parses(script):
     subprocess.run(["bash", "-n", script], check=True)
+
+
+# Of the test extra it lies beside the interpreter, of the system on the path.
+SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+
+
+@pytest.mark.skipif(SHELLCHECK is None, reason="shellcheck is not installed")
+def test_scripts_have_nothing_shellcheck_warns_of():
+    checked = subprocess.run(
+        [SHELLCHECK, "--external-sources", "--source-path=SCRIPTDIR", *SCRIPTS],
+        capture_output=True,
+        text=True,
+    )
+    assert checked.returncode == 0, checked.stdout
 
 
 @pytest.fixture

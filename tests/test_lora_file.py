@@ -1,4 +1,4 @@
-"""LoRA files, to and from diffusers and PEFT."""
+"""LoRA files, to and from diffusers and PEFT; see test_lora_images for what they draw."""
 
 import json
 
@@ -6,21 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from alignprop_jax.errors import UserError
 from alignprop_jax.lora import init_lora, scale_lora
-from alignprop_jax.lora_file import LORA_FILE, load_lora, save_lora
+from alignprop_jax.lora_file import LORA_FILE, continue_lora, load_lora, save_lora
 from alignprop_jax.models.unet import UNet, UNetConfig
-from alignprop_jax.pretrained import abstract_params, load_stable_diffusion
-from alignprop_jax.prompts import tokenize
-from alignprop_jax.sampling import make_sampler
-from alignprop_jax.stable_diffusion import encode_prompts
+from alignprop_jax.pretrained import abstract_params
 from tests import torch_pipeline
-from tests.parity import QUICK_COMPILATION
-from tests.torch_pipeline import torch
+from tests.random_lora import lora_changes, randomize_lora
 
 peft = pytest.importorskip("peft")
 
@@ -30,26 +25,6 @@ LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 @pytest.fixture(scope="module")
 def unet_params():
     return abstract_params(UNet(UNetConfig.from_dict(torch_pipeline.UNETS["tiny"])))
-
-
-def random_lora(unet_params, rank):
-    """Factors as after training: both of them of a size that shows."""
-    lora = init_lora(jax.random.key(0), unet_params, rank)
-    leaves, tree = jax.tree.flatten(lora)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    return tree.unflatten(
-        [0.3 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
-    )
-
-
-def changes(lora):
-    """What the factors add to the weights of each layer, [out, in]."""
-    factors = flatten_dict(lora)
-    return {
-        ".".join(keys[:-1]): np.asarray(leaf @ factors[*keys[:-1], "up"]).T
-        for keys, leaf in factors.items()
-        if keys[-1] == "down"
-    }
 
 
 def add_adapter(unet, **settings):
@@ -77,42 +52,11 @@ def assert_same_changes(actual, expected):
         np.testing.assert_allclose(actual[name], change, atol=1e-5, err_msg=name)
 
 
-def test_diffusers_makes_the_same_images_from_our_file(tmp_path):
-    pipeline = torch_pipeline.build_torch_pipeline(tmp_path / "model")
-    sd, params, (tokenizer,) = load_stable_diffusion(tmp_path / "model")
-    rank, alpha = 3, 5.0
-    lora = random_lora(params["unet"], rank)
-    prompts, num_steps, guidance_scale = ["a cat", "two dogs"], 3, 4.0
-    latents = np.random.default_rng(0).standard_normal((2, 8, 8, 4)).astype(np.float32)
-
-    ids = jnp.asarray(tokenize(tokenizer, [*prompts, ""]))
-    embeddings = encode_prompts(sd, params, [ids])
-    sampler = make_sampler(sd, num_steps, guidance_scale)
-    sample = jax.jit(sampler, compiler_options=QUICK_COMPILATION)
-    inputs = (latents, embeddings[:2], embeddings[2:], jax.random.key(0))
-    scaled = scale_lora(lora, alpha / rank)
-    ours = sample(params, scaled, *inputs)
-    base = sample(params, jax.tree.map(jnp.zeros_like, scaled), *inputs)
-
-    save_lora(tmp_path / "lora" / LORA_FILE, lora, alpha)
-    pipeline.load_lora_weights(tmp_path / "lora")
-    theirs = pipeline(
-        prompts,
-        latents=torch.from_numpy(latents.transpose(0, 3, 1, 2)),
-        num_inference_steps=num_steps,
-        guidance_scale=guidance_scale,
-        output_type="np",
-    ).images
-
-    np.testing.assert_allclose(ours, theirs, atol=1e-4)
-    assert np.abs(base - theirs).mean() > 0.01
-
-
 def test_our_file_has_one_meaning_for_every_reader(tmp_path, unet_params):
     """With the header, and as a release that ignores it reads the tensors: alpha is the rank."""
-    lora = random_lora(unet_params, rank=3)
+    lora = randomize_lora(init_lora(jax.random.key(0), unet_params, 3))
     save_lora(tmp_path / LORA_FILE, lora, alpha=5.0)
-    expected = changes(scale_lora(lora, 5 / 3))
+    expected = lora_changes(scale_lora(lora, 5 / 3))
     bare = tmp_path / "bare"
     bare.mkdir()
     save_file(load_file(tmp_path / LORA_FILE), bare / LORA_FILE)
@@ -122,13 +66,13 @@ def test_our_file_has_one_meaning_for_every_reader(tmp_path, unet_params):
         unet.load_lora_adapter(folder, prefix="unet", weight_name=LORA_FILE, adapter_name="default")
         assert_same_changes(peft_changes(unet), expected)
         loaded, _ = load_lora(folder / LORA_FILE, unet_params)
-        assert_same_changes(changes(loaded), expected)
+        assert_same_changes(lora_changes(loaded), expected)
 
 
 def test_header_records_what_was_trained(tmp_path, unet_params):
     path = tmp_path / "new" / "folder" / LORA_FILE
     trained = {"base_model": "emoji", "reward": "aesthetic"}
-    save_lora(path, random_lora(unet_params, 2), 4.0, trained)
+    save_lora(path, randomize_lora(init_lora(jax.random.key(0), unet_params, 2)), 4.0, trained)
 
     with safe_open(path, framework="numpy") as file:
         header = file.metadata()
@@ -149,7 +93,7 @@ def test_header_records_what_was_trained(tmp_path, unet_params):
 
 
 def test_factors_come_back_as_they_were_written(tmp_path, unet_params):
-    lora = random_lora(unet_params, rank=2)
+    lora = randomize_lora(init_lora(jax.random.key(0), unet_params, 2))
     save_lora(tmp_path / LORA_FILE, lora, alpha=4.0)
     loaded, _ = load_lora(tmp_path, unet_params)
     jax.tree.map(np.testing.assert_array_equal, loaded, scale_lora(lora, 2.0))
@@ -193,7 +137,7 @@ def test_files_of_diffusers_load(tmp_path, unet_params, save, settings):
     unet = add_adapter(torch_pipeline.build_unet(), **settings)
     save(unet, tmp_path)
     lora, _ = load_lora(tmp_path, unet_params)
-    assert_same_changes(changes(lora), peft_changes(unet))
+    assert_same_changes(lora_changes(lora), peft_changes(unet))
 
 
 def test_folder_of_peft_loads(tmp_path, unet_params):
@@ -202,7 +146,7 @@ def test_folder_of_peft_loads(tmp_path, unet_params):
     model = torch_pipeline.randomize_parameters(peft.get_peft_model(unet, config), seed=5)
     model.save_pretrained(tmp_path)
     lora, _ = load_lora(tmp_path, unet_params)
-    assert_same_changes(changes(lora), peft_changes(unet))
+    assert_same_changes(lora_changes(lora), peft_changes(unet))
 
 
 def test_file_in_half_precision_loads_as_float32(tmp_path, unet_params):
@@ -212,7 +156,7 @@ def test_file_in_half_precision_loads_as_float32(tmp_path, unet_params):
     }
     save_file(tensors, tmp_path / LORA_FILE)
     lora, metadata = load_lora(tmp_path, unet_params)
-    (change,) = changes(lora).values()
+    (change,) = lora_changes(lora).values()
     assert change.dtype == np.float32 and (change == 0.25).all() and metadata == {}
 
 
@@ -245,7 +189,7 @@ DOWN, UP = np.ones((2, 16), np.float32), np.ones((16, 2), np.float32)
         ({"unet.conv_in.lora_A.weight": DOWN}, "unet.conv_in.lora_A.weight is for a layer"),
         ({"text_encoder.x.lora_A.weight": DOWN}, "text_encoder.x.lora_A.weight adapts the text"),
         ({f"unet.{LAYER}.lora_B.bias": DOWN}, f"unet.{LAYER}.lora_B.bias is no tensor of a LoRA"),
-        ({"lora_unet_x.alpha": DOWN}, "lora_unet_x.alpha is no tensor of a LoRA"),
+        ({"lora_unet_x.alpha": DOWN}, "lora_unet_x.alpha is for a layer that is no linear one"),
     ],
 )
 def test_wrong_file_is_refused_by_name(tmp_path, unet_params, tensors, message):
@@ -275,14 +219,45 @@ def test_absent_damaged_and_pickled_files_are_refused(tmp_path, unet_params):
         load_lora(tmp_path / "nothing.safetensors", unet_params)
     with pytest.raises(UserError, match="lora.bin: a pickle; convert the LoRA to safetensors"):
         load_lora(tmp_path / "lora.bin", unet_params)
-    save_lora(tmp_path / LORA_FILE, random_lora(unet_params, 2), 2.0)
+    lora = randomize_lora(init_lora(jax.random.key(0), unet_params, 2))
+    save_lora(tmp_path / LORA_FILE, lora, 2.0)
     with open(tmp_path / LORA_FILE, "r+b") as file:
         file.truncate(1000)
     with pytest.raises(UserError, match=f"{LORA_FILE}: truncated, or not a safetensors file"):
         load_lora(tmp_path, unet_params)
 
 
+def test_training_goes_on_from_the_same_function(tmp_path, unet_params):
+    lora = randomize_lora(init_lora(jax.random.key(0), unet_params, 2))
+    save_lora(tmp_path / LORA_FILE, lora, alpha=6.0)
+    fresh = init_lora(jax.random.key(1), unet_params, 2)
+    continued = continue_lora(tmp_path, fresh, unet_params, scale=0.5)
+    expected = lora_changes(scale_lora(lora, 3.0))
+    for name, change in lora_changes(scale_lora(continued, 0.5)).items():
+        np.testing.assert_allclose(change, expected[name], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rank", "targets", "message"),
+    [
+        (3, ("to_q", "to_k"), "is of rank 2; config.lora.rank=3 must be the same"),
+        (2, ("to_q",), "adapts .*to_k; config.lora.targets must name the layers it adapts"),
+        (2, ("to_q", "to_k", "to_v"), "lacks .*to_v; config.lora.targets"),
+    ],
+)
+def test_going_on_with_other_factors_is_refused(tmp_path, unet_params, rank, targets, message):
+    lora = init_lora(jax.random.key(0), unet_params, 2, ("to_q", "to_k"))
+    save_lora(tmp_path / LORA_FILE, lora, alpha=2.0)
+    fresh = init_lora(jax.random.key(1), unet_params, rank, targets)
+    with pytest.raises(UserError, match=f"lora.init={tmp_path} {message}"):
+        continue_lora(tmp_path, fresh, unet_params, 1.0)
+
+
 def test_folder_that_cannot_be_written_is_refused(tmp_path, unet_params):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written"):
-        save_lora(tmp_path / "file" / LORA_FILE, random_lora(unet_params, 2), 2.0)
+        save_lora(
+            tmp_path / "file" / LORA_FILE,
+            randomize_lora(init_lora(jax.random.key(0), unet_params, 2)),
+            2.0,
+        )

@@ -20,7 +20,7 @@ from alignprop_jax.weights import read_safetensors
 from configs import emoji_pretrain
 from tests.synthetic_scenes import make_sprites
 
-FIRST_PARTS = ("clip", "vision", "aesthetic_head", "detector", "vae", "unet", "unet_scenes")
+FIRST_PARTS = tuple(part for part in pretrain.PARTS if part != "decoder")
 VAE = "vae/diffusion_pytorch_model.safetensors"
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
@@ -30,8 +30,9 @@ def nano_recipe(num_steps):
     for part in pretrain.PARTS:
         config[part].num_steps = num_steps
         config[part].batch_size = 4
-    config.clip.width, config.clip.num_heads, config.clip.patch_size = 16, 2, 32
-    config.clip.text_layers = config.clip.vision_layers = 1
+    for clip in (config.clip, config.scene_clip):
+        clip.width, clip.num_heads, clip.patch_size = 16, 2, 32
+        clip.text_layers = clip.vision_layers = 1
     config.aesthetic_head.widths = (16, 8, 8, 8, 8, 1)
     config.aesthetic_head.num_scenes = 64
     config.vae.channels = (8, 8, 8, 8)
@@ -104,6 +105,14 @@ def test_scaled_latents_have_unit_variance(model):
 def test_aesthetic_reward_finds_clip_and_head(model):
     options = {"aesthetic": {"clip": str(model / "clip")}}
     reward = make_reward("aesthetic", tokenizer=None, options=options)
+    scores = reward.score(reward.params, jnp.ones((2, 64, 64, 3)), reward.prepare(["a", "b"]))
+    assert scores.shape == (2,)
+    assert_all_finite(scores)
+
+
+@pytest.mark.slow
+def test_agreement_reward_is_of_the_clip_of_scenes(model):
+    reward = make_reward("clip_score", None, {"clip_score": {"clip": str(model / "scene_clip")}})
     scores = reward.score(reward.params, jnp.ones((2, 64, 64, 3)), reward.prepare(["a", "b"]))
     assert scores.shape == (2,)
     assert_all_finite(scores)

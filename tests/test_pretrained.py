@@ -1,17 +1,17 @@
 """Model folders: what loads, what is written, and what every fault is called."""
 
-import fnmatch
 import functools
 import json
 import shutil
+import sys
 
-import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import save_file as save_torch_file
 
 from alignprop_jax import pretrained
 from alignprop_jax.errors import UserError
@@ -24,7 +24,7 @@ from alignprop_jax.pretrained import (
     resolve_model,
     resolve_network,
 )
-from alignprop_jax.weights import load_params, save_params, torch_name
+from alignprop_jax.weights import load_params, read_tensors, save_params, torch_name
 from tests import torch_pipeline
 from tests.parity import params_from_torch
 from tests.torch_pipeline import torch
@@ -153,6 +153,53 @@ def test_sharded_weights_load(written, folder):
         load_stable_diffusion(folder)
 
 
+@pytest.mark.parametrize("sharded", [False, True])
+def test_variant_is_loaded_where_it_is_alone_or_asked_for(written, folder, sharded):
+    """Of the very files that diffusers and transformers write for a variant."""
+    half = torch_pipeline.build_torch_pipeline(folder, seed=7, dtype=torch.float16)
+    half.save_pretrained(folder, variant="fp16", max_shard_size="100KB" if sharded else "1GB")
+    index = folder / "unet" / "diffusion_pytorch_model.safetensors.index.fp16.json"
+    assert index.exists() == sharded
+    for name, file in COMPONENTS.items():
+        shutil.copy(written[0] / name / file, folder / name)
+    _, plain, _ = load_stable_diffusion(folder)
+    _, expected, _ = load_stable_diffusion(written[0])
+    assert_trees_equal(plain, expected)
+
+    _, chosen, _ = load_stable_diffusion(f"{folder}:fp16")
+    for name, file in COMPONENTS.items():
+        (folder / name / file).unlink()
+    sd, alone, _ = load_stable_diffusion(folder)
+    assert_trees_equal(chosen, alone)
+    assert_trees_equal(alone["unet"], params_from_torch(half.unet.float(), sd.unet))
+    with pytest.raises(UserError, match="unet: no weights of the variant non_ema"):
+        load_stable_diffusion(f"{folder}:non_ema")
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_pickled_weights_load_with_pytorch_alone(written, folder, monkeypatch, sharded):
+    for name, file in COMPONENTS.items():
+        (folder / name / file).unlink()
+        state = getattr(written[1], name).state_dict()
+        stem = "pytorch_model" if name == "text_encoder" else "diffusion_pytorch_model"
+        if not sharded:
+            torch.save(state, folder / name / f"{stem}.bin")
+            continue
+        for shard in (0, 1):
+            part = {key: state[key] for key in sorted(state)[shard::2]}
+            torch.save(part, folder / name / f"{stem}-0000{shard + 1}-of-00002.bin")
+        files = (f"{stem}-0000{1 + i % 2}-of-00002.bin" for i in range(len(state)))
+        index = {"weight_map": dict(zip(sorted(state), files, strict=True))}
+        (folder / name / f"{stem}.bin.index.json").write_text(json.dumps(index))
+    _, params, _ = load_stable_diffusion(folder)
+    _, expected, _ = load_stable_diffusion(written[0])
+    assert_trees_equal(params, expected)
+
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(UserError, match=r"takes PyTorch to read: pip install 'alignprop_jax\[pic"):
+        load_stable_diffusion(folder)
+
+
 def test_what_is_written_loads_in_diffusers_and_transformers(written, folder):
     sd, params, _ = load_stable_diffusion(folder)
     for name, file in COMPONENTS.items():
@@ -261,7 +308,7 @@ def test_missing_parts_are_refused_by_name(folder):
 
     weights = folder / "vae" / COMPONENTS["vae"]
     weights.rename(folder / "vae" / "diffusion_pytorch_model.bin")
-    refused(r"vae: the weights are a pickle \(diffusion_pytorch_model.bin\); convert them")
+    refused("vae/diffusion_pytorch_model.bin: cannot be read as a checkpoint of PyTorch: it is dam")
     (folder / "vae" / "diffusion_pytorch_model.bin").unlink()
     refused("vae: no weights; a file diffusion_pytorch_model.safetensors or model.safetensors is")
     (folder / "vae" / "config.json").unlink()
@@ -288,6 +335,9 @@ def test_config_that_cannot_be_followed_is_refused_by_name(folder):
     edit_config(unet, cross_attention_dim=48)
     with pytest.raises(UserError, match="attends to vectors of size 48, the text encoders give 32"):
         load_stable_diffusion(folder)
+    edit_config(unet, cross_attention_dim=32, in_channels=9)
+    with pytest.raises(UserError, match="takes 9 channels, .* have 4; models for inpainting and"):
+        load_stable_diffusion(folder)
     edit_config(unet, class_embed_type="timestep")
     with pytest.raises(UserError, match="unet/config.json: .*class_embed_type='timestep'"):
         load_stable_diffusion(folder)
@@ -308,11 +358,15 @@ def test_model_names(tmp_path, monkeypatch):
     (tmp_path / "emoji").mkdir()
     assert resolve_model("emoji") == tmp_path / "emoji"
     for absent in ("./owner/name", "/owner/name", "name", "a/b/c", "~/name"):
-        with pytest.raises(UserError, match=f"{absent}: no such folder; a model is a diffusers"):
+        with pytest.raises(UserError, match=f"{absent}: no such folder or file; a model is"):
             resolve_model(absent)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="this is a file"):
         resolve_model(tmp_path / "file")
+    # Neither may be asked of the hub.
+    for absent in ("runs/model.safetensors", "owner/name/folder"):
+        with pytest.raises(UserError, match=f"{absent}: no such folder or file; a model is"):
+            resolve_model(absent)
 
 
 def test_clip_of_the_package_stands_beside_its_pipeline(tmp_path, monkeypatch):
@@ -322,36 +376,11 @@ def test_clip_of_the_package_stands_beside_its_pipeline(tmp_path, monkeypatch):
     assert clip.config.projection_dim == 16
 
 
-def test_hub_id_is_downloaded_without_pickles_and_variants(tmp_path, monkeypatch):
-    asked = []
-
-    def snapshot_download(name, allow_patterns):
-        asked.append((name, allow_patterns))
-        if len(asked) > 1:
-            raise huggingface_hub.errors.LocalEntryNotFoundError("cannot\nreach the hub")
-        return str(tmp_path)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    assert resolve_model("owner/name") == tmp_path
-    ((name, patterns),) = asked
-    assert name == "owner/name"
-
-    def wanted(path):
-        return any(fnmatch.fnmatch(path, pattern) for pattern in patterns)
-
-    assert wanted("unet/diffusion_pytorch_model.safetensors")
-    assert wanted("unet/diffusion_pytorch_model-00001-of-00002.safetensors")
-    assert wanted("text_encoder/model.safetensors")
-    assert wanted("vae/config.json")
-    assert wanted("tokenizer/merges.txt")
-    assert wanted("model.safetensors")
-    assert not wanted("safety_checker/model.safetensors")
-    assert not wanted("v1-5-pruned.safetensors")
-    assert not wanted("unet/diffusion_pytorch_model.fp16.safetensors")
-    assert not wanted("unet/diffusion_pytorch_model.non_ema.safetensors")
-    assert not wanted("unet/diffusion_pytorch_model.bin")
-    with pytest.raises(UserError, match=r"owner/name: .* downloaded from the hub \(cannot\)"):
-        resolve_model("owner/name")
+def test_a_type_that_numpy_has_not_is_named(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_torch_file({"proj.weight": torch.ones(2).to(torch.float8_e4m3fn)}, path)
+    with pytest.raises(UserError, match="tensor proj.weight is stored as F8_E4M3, which cannot"):
+        list(read_tensors(path))
 
 
 def test_scalars_embeddings_and_convolutions_survive_the_way_there_and_back(tmp_path):

@@ -8,7 +8,7 @@ from alignprop_jax.prompt_lists import ANIMALS, ANIMALS_UNSEEN, BUILT_IN
 from alignprop_jax.prompt_objects import prompt_objects
 
 SIZES = {"animals": (45, 6), "animal_counts": (135, 18), "colored_pairs": (45, 6)}
-SIZES |= {"animals_with_a_dog": (44, 6)}
+SIZES |= {"animals_with_a_frog": (44, 6)}
 
 
 def test_animals_are_the_papers():
@@ -31,9 +31,9 @@ def test_pairs_are_of_two_animals_and_two_colours():
     for prompt in (*BUILT_IN["colored_pairs"], *BUILT_IN["colored_pairs_unseen"]):
         colors, animals = zip(*(t.name.split() for t in prompt_objects(prompt)), strict=True)
         assert len(set(colors)) == len(set(animals)) == 2
-    for prompt in (*BUILT_IN["animals_with_a_dog"], *BUILT_IN["animals_with_a_dog_unseen"]):
+    for prompt in (*BUILT_IN["animals_with_a_frog"], *BUILT_IN["animals_with_a_frog_unseen"]):
         names = [thing.name for thing in prompt_objects(prompt)]
-        assert names.count("dog") == 1
+        assert names.count("frog") == 1
 
 
 def test_words_that_need_care():

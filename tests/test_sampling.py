@@ -2,22 +2,27 @@
 
 import copy
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 
 from alignprop_jax.errors import UserError
-from alignprop_jax.lora import init_lora
 from alignprop_jax.models.execution import Execution
 from alignprop_jax.pretrained import load_stable_diffusion
-from alignprop_jax.prompts import tokenize
 from alignprop_jax.sampling import gate_gradient, make_sampler
 from alignprop_jax.schedulers import DDIMScheduler
-from alignprop_jax.stable_diffusion import decode_latents, encode_prompts
+from alignprop_jax.stable_diffusion import decode_latents
+from tests.torch_gradients import (
+    assert_close_gradients,
+    cotangent,
+    draw_inputs,
+    random_factors,
+    to_torch,
+    torch_lora,
+)
 from tests.torch_pipeline import build_torch_pipeline, torch
 
 PROMPTS = ["a cat", "three dogs"]
@@ -39,27 +44,12 @@ def pipeline(tmp_path_factory):
 def inputs(pipeline):
     """Latents, encoded prompts and encoded negative prompt."""
     _, sd, params, tokenizer = pipeline
-    encode = jax.jit(functools.partial(encode_prompts, sd))
-    embedded = encode(params, [tokenize(tokenizer, [*PROMPTS, NEGATIVE])])
-    latents = jax.random.normal(jax.random.key(0), (len(PROMPTS), *sd.latent_shape))
-    return latents, embedded[:2], embedded[2:]
+    return draw_inputs(sd, params, tokenizer, PROMPTS, NEGATIVE)
 
 
 @pytest.fixture(scope="module")
 def lora(pipeline):
-    """Factors that are all away from zero, so that all have a gradient."""
-    _, _, params, _ = pipeline
-    factors = flatten_dict(init_lora(jax.random.key(1), params["unet"], rank=2))
-    for index, (path, value) in enumerate(factors.items()):
-        if path[-1] == "up":
-            key = jax.random.fold_in(jax.random.key(2), index)
-            factors[path] = 0.1 * jax.random.normal(key, value.shape)
-    return unflatten_dict(factors)
-
-
-def to_torch(array):
-    """NHWC to NCHW."""
-    return torch.from_numpy(np.array(jnp.moveaxis(array, -1, 1)))
+    return random_factors(pipeline[2]["unet"])
 
 
 def eta_noise(keys, num_steps, shape):
@@ -140,40 +130,6 @@ def test_the_lora_is_on_between_two_timesteps_alone(pipeline, inputs, lora):
     assert sample._cache_size() == programs + 1
 
 
-def cotangent(images):
-    """A fixed linear reward with a different weight for every pixel."""
-    rng = np.random.default_rng(5)
-    return rng.standard_normal(images.shape, dtype=np.float32)
-
-
-class TorchLinear(torch.nn.Module):
-    """A linear layer of diffusers with factors of ours beside it."""
-
-    def __init__(self, base, down, up):
-        super().__init__()
-        self.base, self.down, self.up = base, down, up
-
-    def forward(self, x, *args):
-        return self.base(x) + (x @ self.down) @ self.up
-
-
-def torch_lora(unet, lora):
-    """Puts factors into a diffusers UNet; returns them as tensors by path."""
-    factors = {
-        path: torch.from_numpy(np.array(value)).requires_grad_()
-        for path, value in flatten_dict(lora).items()
-    }
-    for *path, leaf in factors:
-        if leaf == "down":
-            *parents, name = ".".join(path).split(".")
-            parent = unet.get_submodule(".".join(parents))
-            linear = TorchLinear(
-                getattr(parent, name), factors[*path, "down"], factors[*path, "up"]
-            )
-            setattr(parent, name, linear)
-    return factors
-
-
 def torch_chain(peer, unet, trained, latents, context, uncond):
     """The chain by PyTorch autograd: diffusers' UNet, scheduler and decoder, gates by detach."""
     x = to_torch(latents)
@@ -230,15 +186,6 @@ def reward_gradient(request, pipeline, inputs, lora):
     return at
 
 
-def assert_close_gradients(actual, wanted):
-    scale = max(np.abs(value).max() for value in wanted.values())
-    assert scale > 0
-    for path, value in wanted.items():
-        np.testing.assert_allclose(
-            actual[path] / scale, value / scale, rtol=0, atol=1e-4, err_msg=".".join(path)
-        )
-
-
 @pytest.mark.parametrize(
     "trained",
     [(1, 1, 1, 1), (0, 0, 1, 1), (1, 0, 1, 0), (0, 1, 0, 0)],
@@ -280,7 +227,8 @@ def test_gradient_equals_finite_differences(reward_gradient, lora):
 
 
 @pytest.mark.parametrize("recompute", [True, False])
-def test_closed_gates_evaluate_nothing_in_the_backward_pass(recompute):
+@pytest.mark.parametrize("may_stop", [False, True])
+def test_closed_gates_evaluate_nothing(recompute, may_stop):
     evaluations = []
 
     def denoise(lora, x, constants):
@@ -300,37 +248,52 @@ def test_closed_gates_evaluate_nothing_in_the_backward_pass(recompute):
     gated = gate_gradient(denoise, recompute)
 
     @jax.jit
-    def gradient(gates, lora):
+    def gradient(gates, runs, lora):
         def chain(lora):
-            return jax.lax.scan(lambda x, gate: (gated(gate, lora, x, 0.5), None), 1.0, gates)[0]
+            def step(x, inputs):
+                gate, runs = inputs
+                if not may_stop:
+                    return gated(gate, lora, x, 0.5), None
+                return jnp.where(runs, gated(gate, lora, x, 0.5, runs), x), None
+
+            return jax.lax.scan(step, 1.0, (gates, runs))[0]
 
         return jax.grad(chain)(lora)
 
-    expected_forward = 5 + 2 if recompute else 5
-    value = gradient(jnp.array([0, 0, 0, 1, 1], bool), 3.0)
+    runs = jnp.array([1, 1, 1, 1, 1, 0, 0] if may_stop else [1] * 5, bool)
+    gates = jnp.array([0, 0, 0, 1, 1, 0, 0], bool)[: len(runs)]
+    expected_forward = 5 + 2 if recompute or may_stop else 5
+    value = gradient(gates, runs, 3.0)
     jax.effects_barrier()
     assert evaluations.count("forward") == expected_forward
     assert evaluations.count("backward") == 2
     # x_5 = x_3 (lora / 2)^2 with x_3 a constant.
     np.testing.assert_allclose(value, 1.5**3 * 2 * 3.0 / 4, rtol=1e-6)
     assert gradient._cache_size() == 1
-    gradient(jnp.ones(5, bool), 3.0)
+    gradient(runs, runs, 3.0)
     assert gradient._cache_size() == 1
 
 
-def test_step_remat_keeps_latents_only(pipeline, inputs, lora):
+@pytest.mark.parametrize(
+    "remat, stop, renoise",
+    # An early stop has every step evaluated again, whatever remat says.
+    [("step", None, 0), ("step", None, 2), ("step", 3, 0), ("none", 3, 0)],
+)
+def test_step_remat_keeps_latents_only(pipeline, inputs, lora, remat, stop, renoise):
     """Per step, the backward pass is left the latents and a few numbers, none of the weights."""
     _, sd, params, _ = pipeline
     latents, context, uncond = inputs
     num_steps = 7
-    sample = make_sampler(sd, num_steps, GUIDANCE)
+    num_rows = num_steps + renoise
+    sample = make_sampler(sd, num_steps, GUIDANCE, remat=remat)
 
-    def reward(lora):
-        trained = jnp.ones(num_steps, bool)
+    def reward(lora, trained, stop):
         key = jax.random.key(0)
-        return jnp.sum(sample(params, lora, latents, context, uncond, key, trained))
+        images = sample(params, lora, latents, context, uncond, key, trained, stop, renoise)
+        return jnp.sum(images)
 
-    jaxpr = jax.make_jaxpr(jax.grad(reward))(lora)
+    stop = None if stop is None else jnp.int32(stop)
+    jaxpr = jax.make_jaxpr(jax.grad(reward))(lora, jnp.ones(num_steps, bool), stop)
     (forward,) = (
         equation
         for equation in jaxpr.eqns
@@ -339,9 +302,10 @@ def test_step_remat_keeps_latents_only(pipeline, inputs, lora):
     stacked = [
         variable.aval.size
         for variable in forward.outvars
-        if variable.aval.ndim and variable.aval.shape[0] == num_steps
+        if variable.aval.ndim and variable.aval.shape[0] == num_rows
     ]
-    assert sum(stacked) <= 2 * num_steps * latents.size
+    # Copies are themselves among what the steps give.
+    assert 0 < sum(stacked) <= (2 + (renoise > 0)) * num_rows * latents.size
 
 
 def test_decoded_images_are_clipped_and_so_is_their_gradient(pipeline):
@@ -370,3 +334,17 @@ def test_refuses_what_it_cannot_sample(pipeline):
         make_sampler(sd, NUM_STEPS, GUIDANCE, remat="blocks")
     with pytest.raises(UserError, match="num_steps is 2000"):
         make_sampler(sd, 2000, GUIDANCE)
+
+
+def test_half_precision_stays_finite_and_near(tmp_path):
+    """Stable Diffusion 2 overflows float16; bfloat16 has the range of float32."""
+    build_torch_pipeline(tmp_path, "sd2")
+    images = {}
+    for dtype in ("float32", "bfloat16"):
+        sd, params, (tokenizer,) = load_stable_diffusion(tmp_path, Execution(jnp.dtype(dtype)))
+        assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(dtype)}
+        arguments = draw_inputs(sd, params, tokenizer, PROMPTS, NEGATIVE)
+        sample = jax.jit(make_sampler(sd, NUM_STEPS, GUIDANCE))
+        images[dtype] = np.asarray(sample(params, None, *arguments, jax.random.key(1)))
+    assert np.isfinite(images["bfloat16"]).all()
+    assert np.abs(images["bfloat16"] - images["float32"]).mean() < 0.02

@@ -1,12 +1,13 @@
 """State dicts written by torch.save."""
 
 import sys
+import types
 
 import numpy as np
 import pytest
 
 from alignprop_jax.errors import UserError
-from alignprop_jax.torch_file import read_tensors
+from alignprop_jax.weights import read_tensors
 from tests.torch_pipeline import torch
 
 
@@ -24,6 +25,26 @@ def test_a_module_and_a_training_script_are_read(tmp_path):
     parameters = dict(module.named_parameters())
     torch.save({"epoch": 3, "state_dict": parameters}, tmp_path / "script.pt")
     assert_holds(tmp_path / "script.pt", parameters)
+
+
+def test_what_pytorch_wrote_before_its_zip_files_is_read(tmp_path):
+    tensors = {"weight": torch.arange(6.0).reshape(2, 3)}
+    torch.save(tensors, tmp_path / "model.bin", _use_new_zipfile_serialization=False)
+    assert_holds(tmp_path / "model.bin", tensors)
+
+
+def test_the_trainer_of_stable_diffusion_left_a_class_that_is_not_needed(tmp_path, monkeypatch):
+    name = "pytorch_lightning.callbacks.model_checkpoint"
+    trainer = types.ModuleType(name)
+    trainer.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": name})
+    tensors = {"weight": torch.ones(2)}
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "pytorch_lightning", types.ModuleType("pytorch_lightning"))
+        patch.setitem(sys.modules, "pytorch_lightning.callbacks", types.ModuleType("callbacks"))
+        patch.setitem(sys.modules, name, trainer)
+        state = {"callbacks": {trainer.ModelCheckpoint: {"best": 1}}, "state_dict": tensors}
+        torch.save(state, tmp_path / "model.ckpt")
+    assert_holds(tmp_path / "model.ckpt", tensors)
 
 
 def test_a_file_that_calls_something_is_refused(tmp_path):

@@ -11,10 +11,12 @@ from orbax.checkpoint import v1 as ocp
 from PIL import Image
 from safetensors.numpy import load_file
 
+from alignprop_jax.algorithms.presets import use_algorithm
 from alignprop_jax.config import load_config
 from alignprop_jax.errors import UserError
 from alignprop_jax.experiment import load_experiment
 from alignprop_jax.train import create_state, is_due, train
+from alignprop_jax.weights import read_metadata
 from tests import nano_run
 
 METRICS = {
@@ -72,7 +74,10 @@ def test_a_run_leaves_the_files_it_promises(finished_run):
     assert 0 < summary["seconds_compile"] < summary["seconds_total"]
     assert 0.1 < summary["peak_rss_gb"] < 10
     assert json.loads((workdir / "config.json").read_text())["lora"]["rank"] == 4
-    assert (workdir / "lora" / "pytorch_lora_weights.safetensors").is_file()
+    for name in ("pytorch_lora_weights.safetensors", "comfyui_lora.safetensors"):
+        header = read_metadata(workdir / "lora" / name)
+        assert json.loads(header["config"]) == json.loads((workdir / "config.json").read_text())
+        assert header["base_model"].endswith("model") and header["reward"].endswith("redness")
     pictures = {path.stem for path in (workdir / "images").glob("*.png")}
     assert pictures == {
         *(f"{split}_{when}" for split in ("train", "unseen") for when in ("before", "after")),
@@ -81,6 +86,34 @@ def test_a_run_leaves_the_files_it_promises(finished_run):
         "preview_000004",
         "preview_000008",
     }
+
+
+@pytest.mark.parametrize(
+    "algorithm, overrides",
+    [
+        ("draft", {}),
+        ("draft_k", {"truncation.k": 2}),
+        ("draft_lv", {"train.microbatch_size": 1}),
+        ("refl", {"gradient.stop_share": 0.7}),
+        ("drtune", {"truncation.k": 2}),
+    ],
+)
+def test_a_run_of_each_algorithm(config, tmp_path, algorithm, overrides):
+    use_algorithm(config, algorithm)
+    config.update_from_flattened_dict(
+        {"train.num_steps": 2, "logging.image_every": 0, "checkpoint.every": 0, **overrides}
+    )
+    train(config, tmp_path / "run")
+    metrics = nano_run.read_records(tmp_path / "run" / "metrics.jsonl")
+    assert [record["step"] for record in metrics] == [1, 2]
+    assert all(record["grad_norm"] > 0 for record in metrics)
+    starts = {"draft": {0}, "draft_k": {1}, "draft_lv": {2}, "refl": {1, 2}, "drtune": {0, 1}}
+    assert {record["start_step"] for record in metrics} <= starts[algorithm]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["reward_queries"] == (12 if algorithm == "draft_lv" else 4)
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert saved["algorithm"] == algorithm
+    assert saved["truncation"]["strategy"] == config.truncation.strategy
 
 
 def test_training_raises_the_reward(finished_run):
@@ -93,6 +126,38 @@ def test_training_raises_the_reward(finished_run):
         for when in ("before", "after")
     )
     assert before.shape == after.shape and not np.array_equal(before, after)
+
+
+def test_a_run_goes_on_from_a_lora_file(config, finished_run, tmp_path):
+    finished, _ = finished_run
+    before = json.loads((finished / "summary.json").read_text())
+    file = tmp_path / "lora.safetensors"
+    shutil.copy(finished / "lora" / "comfyui_lora.safetensors", file)
+    config.lora.init = str(file)
+    config.train.num_steps = 1
+    train(config, tmp_path / "run")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["reward_before"] == pytest.approx(before["reward_after"], abs=1e-5)
+    assert summary["unseen_before"] == pytest.approx(before["unseen_after"], abs=1e-5)
+
+    file.unlink()
+    config.train.num_steps = 2
+    train(config, tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 2
+
+
+def test_a_lora_file_of_another_model_or_rank_is_refused(config, finished_run, tmp_path):
+    from tests import torch_pipeline
+
+    finished, _ = finished_run
+    config.lora.init = str(finished / "lora")
+    config.lora.rank = 2
+    with pytest.raises(UserError, match="lora.init=.* is of rank 4; config.lora.rank=2 must be"):
+        train(config, tmp_path / "run")
+    torch_pipeline.build_torch_pipeline(tmp_path / "model")
+    config.model, config.lora.rank = str(tmp_path / "model"), 4
+    with pytest.raises(UserError, match="the LoRA was made for another model"):
+        train(config, tmp_path / "run")
 
 
 def test_the_last_line_says_what_rose_and_where_things_are(finished_run):

@@ -77,6 +77,25 @@ def test_per_step_draws_each_step_anew():
     assert np.abs(correlations).max() < 5 / math.sqrt(DRAWS)
 
 
+@pytest.mark.parametrize("k", [1, 4, 6])
+def test_last_trains_k_steps_up_to_the_last_that_is_run(k):
+    assert (cutoffs(draw_many("last", 6, k=k)) == 6 - k).all()
+    trained = Truncation("last", k=2).draw(jax.random.key(0), 6, stop=3)
+    np.testing.assert_array_equal(np.flatnonzero(trained[:4]), [2, 3])
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "k", "stride", "phases"),
+    [(10, 5, 2, 2), (10, 3, 3, 4), (10, 1, 10, 10), (5, 5, 1, 1)],
+)
+def test_spaced_trains_k_steps_at_a_random_phase(num_steps, k, stride, phases):
+    trained = draw_many("spaced", num_steps, k=k)
+    first = trained.argmax(axis=1)
+    assert_frequencies(first, dict.fromkeys(range(phases), 1 / phases))
+    for row, phase in zip(trained[:200], first[:200], strict=True):
+        np.testing.assert_array_equal(np.flatnonzero(row), phase + stride * np.arange(k))
+
+
 @pytest.mark.parametrize(
     ("trained", "first"),
     [([1, 1, 1], 0), ([0, 0, 1], 2), ([0, 1, 0], 1), ([0, 0, 0], 3)],
@@ -93,6 +112,8 @@ def test_first_trained_step(trained, first):
         ({"strategy": "fixed", "start": -1}, "start is -1"),
         ({"strategy": "uniform", "min": 0, "max": 21}, "max is 21"),
         ({"strategy": "per_step", "min": 5, "max": 4}, "min is 5"),
+        ({"strategy": "last", "k": 0}, "k is 0"),
+        ({"strategy": "spaced", "k": 21}, "k is 21"),
         ({"strategy": "gaussian", "mean": 42.0}, "mean is 42.0"),
         ({"strategy": "gaussian", "mean": 5.0, "std": 0.0}, "std is 0.0"),
     ],
@@ -108,4 +129,4 @@ def test_gaussian_needs_a_step_to_cut():
 
 
 def test_unused_settings_may_hold_anything():
-    Truncation("full", start=100, mean=100.0, std=-1.0, min=9, max=3).check(5)
+    Truncation("full", start=100, mean=100.0, std=-1.0, min=9, max=3, k=0).check(5)

@@ -8,6 +8,7 @@ from PIL import Image
 from safetensors.numpy import load
 
 from alignprop_jax.evaluation import Evaluation
+from alignprop_jax.lora_file import save_lora
 from alignprop_jax.workdir import Workdir
 
 
@@ -56,7 +57,7 @@ def test_a_workdir_in_a_bucket(bucket):
     with (workdir.images / "grid.png").open("rb") as file:
         np.testing.assert_array_equal(np.asarray(Image.open(file)), images[0])
     layer = {"down": np.ones((3, 2), np.float32), "up": np.ones((2, 4), np.float32)}
-    workdir.save_lora({"mid_block": {"to_q": layer}}, 4.0, {"reward": "redness"})
+    save_lora(workdir.lora, {"mid_block": {"to_q": layer}}, 4.0, {"reward": "redness"})
     tensors = load(workdir.lora.read_bytes())
     np.testing.assert_array_equal(tensors["unet.mid_block.to_q.lora_B.weight"], 2.0)
     assert not [name for name in bucket if name.endswith((".writable", ".tmp"))]

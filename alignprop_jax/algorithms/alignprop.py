@@ -1,4 +1,4 @@
-"""AlignProp: the reward's gradient, through the decoder and the sampler, to the LoRA factors."""
+"""AlignProp and its relatives: the reward's gradient, through decoder and sampler, to the LoRA."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,11 +7,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Key, PyTree
+from jaxtyping import Array, Float, Key, PyTree
 
 from alignprop_jax.algorithms.accumulation import accumulate_gradients
 from alignprop_jax.algorithms.prompt_order import prompt_indices
 from alignprop_jax.errors import UserError
+from alignprop_jax.gradient_path import StepDraw
 from alignprop_jax.lora import scale_lora
 from alignprop_jax.losses import Loss
 from alignprop_jax.rewards.base import Reward
@@ -32,11 +33,11 @@ class PromptTable:
 
 
 def make_train_step(
-    sample: Callable[..., Float[Array, "b h w 3"]],
+    sample: Callable[..., Float[Array, "n*b h w 3"]],
     reward: Reward,
     loss: Loss,
     optimizer: optax.GradientTransformation,
-    draw_trained: Callable[[Key[Array, ""]], Bool[Array, " t"]],
+    draw_steps: Callable[[Key[Array, ""]], StepDraw],
     *,
     latent_shape: tuple[int, int, int],
     lora_scale: float,
@@ -44,14 +45,15 @@ def make_train_step(
     microbatch_size: int = 0,
     split_batch: Callable[[Callable], Callable] = lambda function: function,
 ) -> Callable[[Any, Any, PromptTable, TrainState], tuple[TrainState, Metrics]]:
-    """Builds one update of AlignProp (arXiv 2310.03739, algorithm 1).
+    """Builds one update of AlignProp (arXiv 2310.03739, algorithm 1) or of a relative of it.
 
     Args:
-        sample: the differentiable sampler, from `sampling.make_sampler`.
+        sample: the differentiable sampler, from `sampling.make_sampler`. Where it gives n images
+            for one of the latents, the loss is the sum of their losses.
         reward: what is raised; its weights are an argument of the step.
         loss: turns rewards into losses, from `losses.make_loss`.
         optimizer: of the LoRA factors.
-        draw_trained: which sampler steps carry gradient, drawn once a step for the whole batch.
+        draw_steps: which sampler steps are run and trained, drawn once a step for the whole batch.
         latent_shape: height, width and channels of the latents.
         lora_scale: alpha / rank.
         batch_size: images a step.
@@ -65,7 +67,7 @@ def make_train_step(
         A step whose loss or gradient is not finite leaves LoRA and optimizer as they are, and is
         counted in the state.
 
-        Metrics are scalars: loss, reward_mean, reward_std (over the batch), reward/NAME for the
+        Metrics are scalars: loss, reward_mean, reward_std (over all images), reward/NAME for the
         mean of each part of a sum of rewards, grad_norm (before clipping), start_step (the first
         step with gradient; the number of steps if there is none), skipped and skipped_in_a_row.
 
@@ -83,12 +85,12 @@ def make_train_step(
     def train_step(params, reward_params, prompts, state):
         order_key, noise_key = jax.random.split(state.key)
         truncation_key, images_key = jax.random.split(jax.random.fold_in(noise_key, state.step))
-        trained = draw_trained(truncation_key)
+        steps = draw_steps(truncation_key)
         num_prompts = prompts.conditioning.hidden_states.shape[0]
         indices = prompt_indices(order_key, state.step, batch_size, num_prompts)
         image_keys = jax.random.split(images_key, batch_size)
 
-        whole = (params, reward_params, prompts, state.lora, trained)
+        whole = (params, reward_params, prompts, state.lora, steps)
         (value, gradient), (scores, parts) = split_batch(differentiate)(
             whole, (indices, image_keys)
         )
@@ -100,7 +102,7 @@ def make_train_step(
             "reward_std": jnp.std(scores),
             **{f"reward/{name}": jnp.mean(part) for name, part in parts.items()},
             "grad_norm": grad_norm,
-            "start_step": first_trained_step(trained),
+            "start_step": first_trained_step(steps.trained),
             "skipped": state.skipped,
             "skipped_in_a_row": state.skipped_in_a_row,
         }
@@ -108,7 +110,7 @@ def make_train_step(
 
     def differentiate(whole, batch):
         """Loss and gradient, both means over the batch, and the rewards of every image."""
-        params, reward_params, prompts, lora, trained = whole
+        params, reward_params, prompts, lora, steps = whole
 
         def objective(lora, batch):
             indices, image_keys = batch
@@ -124,13 +126,15 @@ def make_train_step(
                 conditioning,
                 prompts.uncond,
                 sampler_keys,
-                trained,
+                steps.trained,
+                steps.stop,
             )
+            inputs = jax.tree.map(lambda x: jnp.repeat(x, len(images) // len(latents), 0), inputs)
             scores = reward.score(reward_params, images, inputs)
             parts = {
                 name: score(reward_params, images, inputs) for name, score in reward.parts.items()
             }
-            return jnp.mean(loss(scores)), (scores, parts)
+            return jnp.sum(loss(scores)) / len(latents), (scores, parts)
 
         value, rewards, gradient = accumulate_gradients(objective, lora, batch, num_microbatches)
         return (value, gradient), rewards

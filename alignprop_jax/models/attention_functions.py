@@ -31,7 +31,7 @@ def attend(
     Args:
         mask: True where a query may look at a key; None for everywhere.
     """
-    logits = jnp.einsum("bqhd,bkhd->bhqk", query, key).astype(jnp.float32)
+    logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
     logits *= query.shape[-1] ** -0.5
     if mask is not None:
         logits = jnp.where(mask[None, None], logits, jnp.finfo(jnp.float32).min)

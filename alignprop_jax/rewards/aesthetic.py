@@ -18,7 +18,7 @@ from alignprop_jax.rewards.base import Reward, no_prompt_inputs
 from alignprop_jax.rewards.clip_similarity import image_params
 from alignprop_jax.rewards.preprocess import CLIPPreprocessor
 from alignprop_jax.rewards.registry import register
-from alignprop_jax.torch_file import read_tensors
+from alignprop_jax.weights import read_tensors
 
 LAION_HEAD = ASSETS / "laion" / "aesthetic_head_vit_l_14.safetensors"
 

@@ -69,6 +69,15 @@ def test_caption_tells_what_the_factors_hold(sprites, kind):
         assert "flat" not in text and "glossy" not in text
 
 
+def test_a_share_of_the_captions_misstates_the_number(sprites):
+    sampler = SceneSampler(sprites, only("count", misstated_share=0.6))
+    rng = np.random.default_rng(1)
+    scenes = [sampler.scene(rng) for _ in range(200)]
+    right = [caption(s.factors["names"], s.factors["count"]) == s.caption for s in scenes]
+    # A number at random is right once in three.
+    assert 0.5 < np.mean(right) < 0.7
+
+
 def test_objects_of_a_scene_are_apart_and_as_many_as_told(sprites):
     # At the greatest size objects touch, so one pixel less separates them.
     sampler = SceneSampler(sprites, only("count", scene_size=(26, 31)))

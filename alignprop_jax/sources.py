@@ -1,0 +1,103 @@
+"""Where the parts of a model come from: a folder of diffusers or of transformers."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from alignprop_jax.errors import UserError
+from alignprop_jax.prompts import load_tokenizer
+from alignprop_jax.torch_file import EXTRA
+from alignprop_jax.weights import ParamTree, load_params
+from alignprop_jax.weights_files import find_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+T = TypeVar("T")
+
+
+# The configs that are no config.json in the component's folder.
+_CONFIG_FILES = {"scheduler": "scheduler/scheduler_config.json", "model_index": "model_index.json"}
+
+
+class ModelSource(Protocol):
+    """A pipeline's parts by the names of their folders in diffusers' layout.
+
+    Every other method raises UserError, naming the file, where the part is missing, damaged or not
+    as asked for.
+    """
+
+    def has(self, component: str) -> bool:
+        """Whether there is such a part."""
+
+    def config(self, component: str, parse: Callable[[Mapping[str, Any]], T]) -> T:
+        """What `parse` makes of the config of "unet", "scheduler", "model_index" and so on.
+
+        Args:
+            component: the part's name.
+            parse: reads the config of diffusers or transformers; its KeyErrors and UserErrors are
+                reported with the name of the file.
+        """
+
+    def params(self, component: str, abstract: ParamTree, dtype: Any) -> ParamTree:
+        """The weights of a part, as `weights.load_params` returns them."""
+
+    def tokenizer(self, component: str = "tokenizer") -> "PreTrainedTokenizerBase":
+        """A tokenizer of CLIP."""
+
+
+class FolderSource:
+    """A pipeline in diffusers' layout; or a model alone, whose component is called ""."""
+
+    def __init__(self, folder: Path, variant: str | None = None):
+        """See `weights_files.find_weights` for the variant."""
+        self._folder = folder
+        self._variant = variant
+
+    def __str__(self) -> str:
+        return str(self._folder)
+
+    def has(self, component: str) -> bool:
+        return (self._folder / component).is_dir()
+
+    def config(self, component: str, parse: Callable[[Mapping[str, Any]], T]) -> T:
+        file = self._folder / _CONFIG_FILES.get(component, Path(component, "config.json"))
+        folder = file.parent
+        if not folder.is_dir():
+            raise UserError(f"{folder.parent}: no folder {folder.name}, so not a whole model")
+        try:
+            config = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise UserError(f"{file}: no such file, so {folder} is no model folder") from error
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file}: cannot be read as a JSON object ({error})") from error
+        if not isinstance(config, dict):
+            raise UserError(f"{file}: cannot be read as a JSON object")
+        return parse_config(config, parse, file)
+
+    def params(self, component: str, abstract: ParamTree, dtype: Any) -> ParamTree:
+        folder = self._folder / component
+        file = find_weights(folder, self._variant)
+        if file is None:
+            variant = f" of the variant {self._variant}" if self._variant else ""
+            raise UserError(
+                f"{folder}: no weights{variant}; a file diffusion_pytorch_model.safetensors or "
+                f"model.safetensors is needed, or with PyTorch ({EXTRA}) a .bin"
+            )
+        return load_params(abstract, file, dtype)
+
+    def tokenizer(self, component: str = "tokenizer") -> "PreTrainedTokenizerBase":
+        return load_tokenizer(self._folder / component)
+
+
+def parse_config(
+    config: Mapping[str, Any], parse: Callable[[Mapping[str, Any]], T], origin: str | Path
+) -> T:
+    """Returns `parse(config)`; its KeyErrors and UserErrors are reported with the origin."""
+    try:
+        return parse(config)
+    except KeyError as error:
+        raise UserError(f"{origin}: lacks the key {error}") from error
+    except UserError as error:
+        raise UserError(f"{origin}: {error}") from error
