@@ -21,11 +21,11 @@ from jaxtyping import Array, Bool, Float
 
 from alignprop_jax.english import plural
 from alignprop_jax.errors import UserError
+from alignprop_jax.loading.weights import ParamTree, load_params, save_params
 from alignprop_jax.pretrained import resolve_model
 from alignprop_jax.prompt_objects import PromptObject, prompt_objects
 from alignprop_jax.rewards.clip_similarity import make_clip_score_reward
 from alignprop_jax.rewards.preprocess import crop_middle, resize_shorter_edge
-from alignprop_jax.weights import ParamTree, load_params, save_params
 
 # Images [B, H, W, 3] float32 in [0, 1] and their prompts in, scores [B] out.
 Scorer = Callable[[np.ndarray, Sequence[str]], np.ndarray]

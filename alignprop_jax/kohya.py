@@ -13,9 +13,9 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from alignprop_jax.errors import UserError
-from alignprop_jax.ldm_names import original_unet_layers
+from alignprop_jax.loading.ldm_names import original_unet_layers
+from alignprop_jax.loading.weights import write_safetensors
 from alignprop_jax.lora import LoraTree, linear_shapes
-from alignprop_jax.weights import write_safetensors
 
 KOHYA_FILE = "comfyui_lora.safetensors"
 PREFIX = "lora_unet_"

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict, config_flags
 
 from alignprop_jax.compilation import enable_compilation_cache
 from alignprop_jax.errors import run_program
+from alignprop_jax.loading.weights import save_params
 from alignprop_jax.models.clip import CLIPConfig, CLIPModel, CLIPTextModel
 from alignprop_jax.models.owlvit import OwlViT, OwlViTConfig
 from alignprop_jax.models.unet import UNet, UNetConfig
@@ -51,7 +52,6 @@ from alignprop_jax.pretraining.sprites import Sprites, load_sprites
 from alignprop_jax.pretraining.tokenizer import build_tokenizer
 from alignprop_jax.prompts import load_tokenizer, tokenize
 from alignprop_jax.schedulers import DDIMScheduler
-from alignprop_jax.weights import save_params
 
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 PARTS = (

@@ -9,8 +9,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from alignprop_jax import hub
 from alignprop_jax.errors import UserError
+from alignprop_jax.loading import hub
+from alignprop_jax.loading.single_file import SUFFIXES, SingleFileSource
+from alignprop_jax.loading.sources import FolderSource, ModelSource
+from alignprop_jax.loading.weights import ParamTree
 from alignprop_jax.models.clip import (
     CLIPConfig,
     CLIPModel,
@@ -23,10 +26,7 @@ from alignprop_jax.models.owlvit import OwlViT, OwlViTConfig
 from alignprop_jax.models.unet import NUM_TIME_IDS, UNet, UNetConfig
 from alignprop_jax.models.vae import AutoencoderKL, VAEConfig
 from alignprop_jax.schedulers import DDIMScheduler
-from alignprop_jax.single_file import SUFFIXES, SingleFileSource
-from alignprop_jax.sources import FolderSource, ModelSource
 from alignprop_jax.stable_diffusion import TEXT_ENCODERS, StableDiffusion
-from alignprop_jax.weights import ParamTree
 
 ASSETS = Path(__file__).parent / "assets"
 EMOJI = "emoji"

@@ -15,9 +15,9 @@ from alignprop_jax.judges import (
     load_judges,
     removal_judges,
 )
+from alignprop_jax.loading.weights import save_params
 from alignprop_jax.pretrained import resolve_network
 from alignprop_jax.rewards import make_reward
-from alignprop_jax.weights import save_params
 
 ANIMALS = ("cat", "rat", "ant", "mouse")
 CLASSES = {

@@ -15,6 +15,7 @@ from safetensors.torch import save_file as save_torch_file
 
 from alignprop_jax import pretrained
 from alignprop_jax.errors import UserError
+from alignprop_jax.loading.weights import load_params, read_tensors, save_params, torch_name
 from alignprop_jax.models.clip import CLIPModel
 from alignprop_jax.models.execution import Execution
 from alignprop_jax.pretrained import (
@@ -24,7 +25,6 @@ from alignprop_jax.pretrained import (
     resolve_model,
     resolve_network,
 )
-from alignprop_jax.weights import load_params, read_tensors, save_params, torch_name
 from tests import torch_pipeline
 from tests.parity import params_from_torch
 from tests.torch_pipeline import torch

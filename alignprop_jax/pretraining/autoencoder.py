@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from alignprop_jax.loading.weights import ParamTree
 from alignprop_jax.models.vae import AutoencoderKL
 from alignprop_jax.pretraining.fit import BatchFn, LossFn
 from alignprop_jax.pretraining.pixels import to_pixel_values
 from alignprop_jax.pretraining.scenes import SceneSampler
-from alignprop_jax.weights import ParamTree
 
 
 def make_autoencoder_loss(model: AutoencoderKL, kl_weight: float) -> LossFn:

@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from alignprop_jax.loading.weights import ParamTree
 from alignprop_jax.models.clip import CLIPModel
 from alignprop_jax.pretraining.degrade import degrade
 from alignprop_jax.pretraining.fit import BatchFn, LossFn
 from alignprop_jax.pretraining.pixels import to_pixel_values
 from alignprop_jax.pretraining.scenes import SceneSampler
 from alignprop_jax.prompts import tokenize
-from alignprop_jax.weights import ParamTree
 
 
 def make_contrastive_loss(model: CLIPModel, frozen: ParamTree | None = None) -> LossFn:

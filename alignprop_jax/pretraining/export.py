@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from alignprop_jax.loading.weights import save_params
 from alignprop_jax.models.clip import CLIPTextConfig
 from alignprop_jax.models.vae import VAEConfig
 from alignprop_jax.pretraining.scenes import IMAGE_SIZE
-from alignprop_jax.weights import save_params
 
 _NORM_GROUPS = 16
 # Few groups, so wide ones: a norm over two channels of 16 leaves nothing of a picture's colour.

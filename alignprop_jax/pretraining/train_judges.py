@@ -22,6 +22,7 @@ from absl import flags, logging
 from alignprop_jax.compilation import enable_compilation_cache
 from alignprop_jax.errors import run_program
 from alignprop_jax.judges import IMAGE_SIZE, NOTHING, ConvClassifier, Judge
+from alignprop_jax.loading.weights import ParamTree
 from alignprop_jax.pretraining.agreement_judge import train_agreement
 from alignprop_jax.pretraining.emoji_dataset import prepare
 from alignprop_jax.pretraining.fit import Recipe, fit
@@ -31,7 +32,6 @@ from alignprop_jax.pretraining.scene_judges import train_counter, train_finder
 from alignprop_jax.pretraining.scenes import SceneMixture, SceneSampler
 from alignprop_jax.pretraining.sprites import Sprites, load_sprites
 from alignprop_jax.prompt_lists import ANIMALS, ANIMALS_UNSEEN
-from alignprop_jax.weights import ParamTree
 
 _SEED = 1729  # of no other part of the project
 

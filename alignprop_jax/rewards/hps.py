@@ -7,8 +7,8 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from alignprop_jax.hub import download_file
-from alignprop_jax.open_clip import load_open_clip
+from alignprop_jax.loading.hub import download_file
+from alignprop_jax.loading.open_clip import load_open_clip
 from alignprop_jax.pretrained import resolve_tokenizer
 from alignprop_jax.prompts import load_tokenizer, tokenize
 from alignprop_jax.rewards.base import Reward

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from alignprop_jax.loading.weights import save_params
 from alignprop_jax.pretraining.aesthetic_head import (
     FLAT_SCORE,
     GLOSSY_SCORE,
@@ -14,7 +15,6 @@ from alignprop_jax.pretraining.aesthetic_head import (
 )
 from alignprop_jax.pretraining.fit import Recipe, fit
 from alignprop_jax.rewards.aesthetic import apply_head, load_head
-from alignprop_jax.weights import save_params
 from tests.synthetic_scenes import make_scenes
 
 WIDTHS = (8, 6, 6, 6, 6, 1)

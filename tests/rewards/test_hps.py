@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 
 from alignprop_jax.errors import UserError
-from alignprop_jax.open_clip import load_open_clip
+from alignprop_jax.loading.open_clip import load_open_clip
+from alignprop_jax.loading.weights import write_safetensors
 from alignprop_jax.pretrained import resolve_tokenizer
 from alignprop_jax.prompts import load_tokenizer, tokenize
 from alignprop_jax.rewards import make_reward
 from alignprop_jax.rewards.clip_similarity import clip_similarity
 from alignprop_jax.rewards.preprocess import OPENAI_MEAN, OPENAI_STD, CLIPPreprocessor
-from alignprop_jax.weights import write_safetensors
 from tests.open_clip_reference import open_clip
 from tests.torch_pipeline import torch
 

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from alignprop_jax.errors import UserError
+from alignprop_jax.loading.torch_file import EXTRA
+from alignprop_jax.loading.weights import ParamTree, load_params
+from alignprop_jax.loading.weights_files import find_weights
 from alignprop_jax.prompts import load_tokenizer
-from alignprop_jax.torch_file import EXTRA
-from alignprop_jax.weights import ParamTree, load_params
-from alignprop_jax.weights_files import find_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

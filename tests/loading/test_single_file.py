@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from safetensors.torch import save_file
 
-from alignprop_jax import hub
 from alignprop_jax.errors import UserError
+from alignprop_jax.loading import hub
 from alignprop_jax.models.unet import UNetConfig
 from alignprop_jax.pretrained import load_stable_diffusion, open_model
 from alignprop_jax.schedulers import DDIMScheduler
 from alignprop_jax.stable_diffusion import apply_unet, encode_prompts
-from tests import ldm_checkpoint, torch_pipeline
+from tests import torch_pipeline
+from tests.loading import ldm_checkpoint
 from tests.parity import QUICK_COMPILATION
 from tests.torch_pipeline import diffusers, torch, transformers
 

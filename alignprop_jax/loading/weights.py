@@ -21,7 +21,7 @@ from safetensors.numpy import save, save_file
 
 from alignprop_jax.buckets import in_bucket
 from alignprop_jax.errors import UserError
-from alignprop_jax.torch_file import read_pickle, read_pickle_shapes
+from alignprop_jax.loading.torch_file import read_pickle, read_pickle_shapes
 
 ParamTree = Mapping[str, Any]
 

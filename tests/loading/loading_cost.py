@@ -1,6 +1,6 @@
 """A process that loads a model once and prints what that cost, as JSON.
 
-python -m tests.loading_cost MODEL DTYPE
+python -m tests.loading.loading_cost MODEL DTYPE
 """
 
 import json

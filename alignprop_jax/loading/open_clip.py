@@ -6,11 +6,11 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from alignprop_jax.errors import UserError
+from alignprop_jax.loading.open_clip_names import rename, rename_shapes
+from alignprop_jax.loading.weights import ParamTree, fill_params, read_shapes, read_tensors
 from alignprop_jax.models.clip import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 from alignprop_jax.models.execution import Execution
-from alignprop_jax.open_clip_names import rename, rename_shapes
 from alignprop_jax.pretrained import abstract_params
-from alignprop_jax.weights import ParamTree, fill_params, read_shapes, read_tensors
 
 
 def load_open_clip(

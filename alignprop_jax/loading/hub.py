@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from alignprop_jax.errors import UserError
-from alignprop_jax.torch_file import has_pytorch
-from alignprop_jax.weights_files import PICKLES, SAFETENSORS, find_weights, weights_patterns
+from alignprop_jax.loading.torch_file import has_pytorch
+from alignprop_jax.loading.weights_files import PICKLES, SAFETENSORS, find_weights, weights_patterns
 
 _TOKENIZER_PATTERNS = ("merges.txt", "tokenizer*.json", "tokenizer*/*", "vocab.json")
 # Where a pipeline, or a model of its own, keeps configs and weights.

@@ -8,7 +8,8 @@ import sys
 import pytest
 from safetensors.torch import save_file
 
-from tests import ldm_checkpoint, torch_pipeline
+from tests import torch_pipeline
+from tests.loading import ldm_checkpoint
 from tests.torch_pipeline import diffusers
 
 pytestmark = pytest.mark.slow
@@ -47,7 +48,7 @@ def models(tmp_path_factory):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_no_second_copy_of_the_weights_is_in_memory(models, model, dtype):
     process = subprocess.run(
-        [sys.executable, "-m", "tests.loading_cost", models / model, dtype],
+        [sys.executable, "-m", "tests.loading.loading_cost", models / model, dtype],
         capture_output=True,
         text=True,
         env={**os.environ, "JAX_PLATFORMS": "cpu"},

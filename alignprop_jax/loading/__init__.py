@@ -1,0 +1,1 @@
+"""Models from folders, files and the hub, in the layouts that people publish them in."""
