@@ -1,6 +1,7 @@
 """What a config names, loaded and on the devices: model, prompts, reward."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -84,7 +85,8 @@ def load_experiment(config: ConfigDict, mesh: Mesh | None = None) -> Experiment:
     execution = Execution(dtype, attend, remat=config.remat == "block")
     sampler = config.sampler
     size = (sampler.height, sampler.width)
-    sd, params, tokenizers = load_stable_diffusion(config.model, execution, size)
+    shardings_of = functools.partial(sharding.of_frozen, mesh=mesh)
+    sd, params, tokenizers = load_stable_diffusion(config.model, execution, size, shardings_of)
     sample = make_sampler(
         sd,
         sampler.num_steps,
@@ -103,12 +105,11 @@ def load_experiment(config: ConfigDict, mesh: Mesh | None = None) -> Experiment:
         table = PromptTable(encoded[start:stop], encoded[:1], reward.prepare(texts))
         start = stop
         splits[name] = Split(texts, sharding.put(table, everywhere))
-    frozen = {"unet": params["unet"], "vae": params["vae"]}
     reward_params = sharding.put(reward.params, sharding.of_frozen(reward.params, mesh))
     return Experiment(
         mesh=mesh,
         sd=sd,
-        params=sharding.put(frozen, sharding.of_frozen(frozen, mesh)),
+        params={"unet": params["unet"], "vae": params["vae"]},
         reward=dataclasses.replace(reward, params=reward_params),
         sample=sample,
         splits=splits,

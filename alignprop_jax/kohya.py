@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict
 
 from alignprop_jax.errors import UserError
 from alignprop_jax.loading.ldm_names import original_unet_layers
-from alignprop_jax.loading.weights import write_safetensors
+from alignprop_jax.loading.tensor_files import write_safetensors
 from alignprop_jax.lora import LoraTree, linear_shapes
 
 KOHYA_FILE = "comfyui_lora.safetensors"

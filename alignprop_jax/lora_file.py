@@ -21,7 +21,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from alignprop_jax.errors import UserError
 from alignprop_jax.kohya import PREFIX, kohya_layers, parse_kohya_key
-from alignprop_jax.loading.weights import read_metadata, read_safetensors, write_safetensors
+from alignprop_jax.loading.tensor_files import read_metadata, read_safetensors, write_safetensors
 from alignprop_jax.lora import LoraTree, linear_shapes, scale_lora
 
 LORA_FILE = "pytorch_lora_weights.safetensors"

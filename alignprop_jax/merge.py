@@ -21,7 +21,7 @@ from absl import flags
 from flax.traverse_util import flatten_dict
 
 from alignprop_jax.errors import UserError, run_program
-from alignprop_jax.loading.weights import read_metadata, read_safetensors, write_safetensors
+from alignprop_jax.loading.tensor_files import read_metadata, read_safetensors, write_safetensors
 from alignprop_jax.lora import LoraTree
 from alignprop_jax.mixing import LoraMix, define_lora_flags
 from alignprop_jax.models.unet import UNet

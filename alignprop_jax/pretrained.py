@@ -108,6 +108,7 @@ def load_stable_diffusion(
     model: str | Path,
     execution: Execution = _IN_FLOAT32,
     image_size: tuple[int, int] = (0, 0),
+    shardings_of: Callable[[ParamTree], Any] | None = None,
 ) -> tuple[StableDiffusion, dict[str, ParamTree], list[Any]]:
     """Loads a Stable Diffusion 1.x, 2.x or XL pipeline.
 
@@ -117,6 +118,9 @@ def load_stable_diffusion(
             autoencoder of a Stable Diffusion XL has float32 where its file asks for that: its
             activations need the precision.
         image_size: height and width of the images in pixels; 0 for those of the model.
+        shardings_of: tells from the shapes of the unet's or the vae's weights how they lie on the
+            devices; they are read straight to there. The text encoders', which are soon not needed
+            any more, lie on the first device, and so do all when it is None.
 
     Returns:
         The modules with the scheduler; their weights by component ("unet", "vae", "text_encoder"
@@ -157,10 +161,16 @@ def load_stable_diffusion(
     tokenizers = [source.tokenizer("tokenizer")]
     if is_xl:
         tokenizers.append(source.tokenizer("tokenizer_2"))
-    params = {
-        name: source.params(name, abstract_params(module), module.dtype)
-        for name, module in modules.items()
-    }
+    params = {}
+    for name, module in modules.items():
+        abstract = abstract_params(module)
+        if shardings_of is not None and name not in TEXT_ENCODERS:
+            abstract = jax.tree.map(
+                lambda leaf, sharding: leaf.update(sharding=sharding),
+                abstract,
+                shardings_of(abstract),
+            )
+        params[name] = source.params(name, abstract, module.dtype)
     return sd, params, tokenizers
 
 

@@ -21,7 +21,7 @@ def params_from_torch(peer, module):
     return unflatten_dict(
         {
             keys: from_torch_layout(
-                keys, state[torch_name(keys).removeprefix("text_model.")].numpy()
+                keys, state[torch_name(keys).removeprefix("text_model.")].numpy(), np.float32
             )
             for keys in flatten_dict(abstract_params(module))
         }

@@ -15,7 +15,8 @@ from safetensors.torch import save_file as save_torch_file
 
 from alignprop_jax import pretrained
 from alignprop_jax.errors import UserError
-from alignprop_jax.loading.weights import load_params, read_tensors, save_params, torch_name
+from alignprop_jax.loading.tensor_files import read_tensors
+from alignprop_jax.loading.weights import load_params, save_params, torch_name
 from alignprop_jax.models.clip import CLIPModel
 from alignprop_jax.models.execution import Execution
 from alignprop_jax.pretrained import (

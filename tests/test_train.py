@@ -15,7 +15,7 @@ from alignprop_jax.algorithms.presets import use_algorithm
 from alignprop_jax.config import load_config
 from alignprop_jax.errors import UserError
 from alignprop_jax.experiment import load_experiment
-from alignprop_jax.loading.weights import read_metadata
+from alignprop_jax.loading.tensor_files import read_metadata
 from alignprop_jax.train import create_state, is_due, train
 from tests import nano_run
 

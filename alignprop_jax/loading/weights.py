@@ -1,33 +1,35 @@
-"""Parameter trees and safetensors files: names, layouts, and strict reading and writing.
+"""Parameter trees from files of weights: names, layouts, and strict reading.
 
 Torch stores a linear kernel as [out, in] and a convolution as [out, in, height, width]; the
 modules here hold [in, out] and [height, width, in, out]. The name of a tensor is its path in the
 tree joined by dots, the leaf renamed to `weight`.
 """
 
-import contextlib
-import json
+import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save, save_file
+from jax.sharding import Sharding
 
-from alignprop_jax.buckets import in_bucket
 from alignprop_jax.errors import UserError
-from alignprop_jax.loading.torch_file import read_pickle, read_pickle_shapes
+from alignprop_jax.loading.tensor_files import read_tensors, write_safetensors
 
 ParamTree = Mapping[str, Any]
 
 _TORCH_LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 _KERNEL_AXES_TO_TORCH = {2: (1, 0), 4: (3, 2, 0, 1)}
 _KERNEL_AXES_FROM_TORCH = {2: (1, 0), 4: (2, 3, 1, 0)}
+# Rows that are transposed at a time, and bytes.
+_BLOCK, _ALIGNMENT = 32, 64
+# More of them would hold more tensors than the bound on memory has room for.
+_MAX_THREADS = 4
 # Buffers that older files carry beside the parameters.
 _BUFFERS = ("position_ids",)
 # What other releases of diffusers and transformers call some layers, and the name here.
@@ -49,9 +51,28 @@ def to_torch_layout(path: Sequence[str], array: np.ndarray) -> np.ndarray:
     return array.transpose(_KERNEL_AXES_TO_TORCH[array.ndim]) if path[-1] == "kernel" else array
 
 
-def from_torch_layout(path: Sequence[str], array: np.ndarray) -> np.ndarray:
-    """The inverse of `to_torch_layout`."""
-    return array.transpose(_KERNEL_AXES_FROM_TORCH[array.ndim]) if path[-1] == "kernel" else array
+def from_torch_layout(path: Sequence[str], array: np.ndarray, dtype: Any) -> np.ndarray:
+    """A copy of the inverse of `to_torch_layout`, of another type.
+
+    It begins where XLA's CPU client takes an array as it is, so that no further copy is made.
+    """
+    axes = _KERNEL_AXES_FROM_TORCH[array.ndim] if path[-1] == "kernel" else range(array.ndim)
+    copy = _empty_aligned([array.shape[axis] for axis in axes], np.dtype(dtype))
+    if path[-1] != "kernel":
+        copy[...] = array
+        return copy
+    # What is torch's first axis is our last one. Block by block, both stay in the cache.
+    for start in range(0, len(array), _BLOCK):
+        block = array[start : start + _BLOCK].astype(dtype, copy=False)
+        copy[..., start : start + _BLOCK] = block.transpose(axes)
+    return copy
+
+
+def _empty_aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    size = math.prod(shape) * dtype.itemsize
+    buffer = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -buffer.ctypes.data % _ALIGNMENT
+    return buffer[start : start + size].view(dtype).reshape(shape)
 
 
 def save_params(
@@ -75,75 +96,12 @@ def save_params(
     write_safetensors(tensors, path, metadata)
 
 
-def write_safetensors(
-    tensors: Mapping[str, np.ndarray],
-    path: epath.PathLike,
-    metadata: Mapping[str, str] | None = None,
-) -> None:
-    """Writes named arrays to a disk or a bucket; UserError where the file cannot be written."""
-    # safetensors writes the memory behind a view, not the view; order="C" keeps scalars scalar.
-    contiguous = {name: np.array(tensor, order="C") for name, tensor in tensors.items()}
-    # transformers refuses a file whose header does not name the framework.
-    header = {"format": "pt", **(metadata or {})}
-    if in_bucket(path):
-        epath.Path(path).write_bytes(save(contiguous, header))
-        return
-    path = Path(path)
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.touch()
-        usual_mode = partial.stat().st_mode
-        save_file(contiguous, partial, header)
-        # safetensors leaves a file that its owner alone can read.
-        partial.chmod(usual_mode)
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be written ({error})") from error
-
-
-def read_tensors(path: str | Path, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
-    """Yields names and arrays one by one, of safetensors or of a state dict by `torch.save`.
-
-    Args:
-        path: the file, or the `.json` index of one sharded over several.
-        prefix: of the names; other tensors are not read.
-
-    Raises:
-        UserError: a file is absent, cut or no such file, or takes PyTorch, which is missing.
-    """
-    for file in _shards(Path(path)):
-        read = read_safetensors if file.suffix == ".safetensors" else read_pickle
-        yield from read(file, prefix)
-
-
-def read_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor of one file by name; UserErrors as for `read_tensors`."""
-    if Path(path).suffix != ".safetensors":
-        return read_pickle_shapes(path)
-    with _open(path) as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-
-
-def read_safetensors(path: str | Path, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
-    """Yields names and arrays one by one; UserError for a file that is absent, cut or another's."""
-    with _open(path) as file:
-        for name in file.keys():
-            if name.startswith(prefix):
-                yield name, _get_tensor(file, name, path)
-
-
-def read_metadata(path: str | Path) -> dict[str, str]:
-    """The free entries of a safetensors file's header; UserErrors as for `read_safetensors`."""
-    with _open(path) as file:
-        return dict(file.metadata() or {})
-
-
 def load_params(abstract: ParamTree, path: str | Path, dtype: Any = np.float32) -> ParamTree:
-    """Fills an abstract parameter tree from a file of weights, one tensor at a time.
+    """Fills an abstract parameter tree from a file of weights, a few tensors at a time.
 
     Args:
-        abstract: the tree a module expects: nested dicts of anything with a shape.
+        abstract: the tree a module expects: nested dicts of anything with a shape. Where it has a
+            sharding, that is how the array lies on the devices; otherwise, on the first one.
         path: as for `read_tensors`.
         dtype: floating type of the returned arrays, whatever the file's.
 
@@ -169,19 +127,24 @@ def fill_params(
     """
     expected = flatten_dict(abstract)
     paths = {torch_name(keys): keys for keys in expected}
-    leaves = {}
+    leaves: dict[tuple[str, ...], Future[jax.Array]] = {}
     unexpected = []
-    for name, tensor in tensors:
-        keys = paths.get(_current_name(name, paths))
-        if keys is not None:
-            _check_shape(source, name, tensor, _torch_shape(keys, expected[keys].shape))
-            # Of the two types of a tensor one at a time is in memory, of its two layouts both; and
-            # nothing of it while the next one is read.
-            tensor = tensor.astype(dtype, copy=False)
-            leaves[keys] = jax.device_put(from_torch_layout(keys, tensor)).block_until_ready()
-        elif name.rsplit(".")[-1] not in _BUFFERS:
-            unexpected.append((name, tensor.shape))
-        del tensor
+    num_threads = min(_MAX_THREADS, os.cpu_count() or 1)
+    with ThreadPoolExecutor(num_threads) as pool:
+        started: deque[Future[jax.Array]] = deque()
+        for name, tensor in tensors:
+            keys = paths.get(_current_name(name, paths))
+            if keys is not None:
+                _check_shape(source, name, tensor, _torch_shape(keys, expected[keys].shape))
+                sharding = getattr(expected[keys], "sharding", None)
+                leaves[keys] = pool.submit(_place, keys, tensor, dtype, sharding)
+                started.append(leaves[keys])
+            elif name.rsplit(".")[-1] not in _BUFFERS:
+                unexpected.append((name, tensor.shape))
+            # Nothing of it stays while others are read.
+            del tensor
+            if len(started) == num_threads:
+                started.popleft().result()
     missing = [
         (name, _torch_shape(keys, expected[keys].shape))
         for name, keys in paths.items()
@@ -191,7 +154,17 @@ def fill_params(
         raise UserError(f"{source}: the model needs {_listing(missing)}, missing here")
     if unexpected:
         raise UserError(f"{source}: the model has no place for {_listing(unexpected)}, found here")
-    return unflatten_dict(leaves)
+    return unflatten_dict({keys: leaf.result() for keys, leaf in leaves.items()})
+
+
+def _place(
+    keys: Sequence[str], tensor: np.ndarray, dtype: Any, sharding: Sharding | None
+) -> jax.Array:
+    array = from_torch_layout(keys, tensor, dtype)
+    if sharding is None:
+        return jax.device_put(array).block_until_ready()
+    placed = jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+    return placed.block_until_ready()
 
 
 def _check_shape(source: str | Path, name: str, tensor: np.ndarray, wanted: tuple) -> None:
@@ -219,40 +192,3 @@ def _listing(tensors: Sequence[tuple[str, tuple]], limit: int = 3) -> str:
     shown = ", ".join(f"{name} {list(shape)}" for name, shape in tensors[:limit])
     more = f" and {len(tensors) - limit} more" if len(tensors) > limit else ""
     return f"tensor{'s' if len(tensors) > 1 else ''} {shown}{more}"
-
-
-def _shards(path: Path) -> list[Path]:
-    if path.suffix != ".json":
-        return [path]
-    try:
-        names = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(
-            f"{path}: cannot be read as an index of files of weights ({error})"
-        ) from error
-    return [path.with_name(name) for name in sorted(set(names))]
-
-
-def _get_tensor(file: Any, name: str, path: str | Path) -> np.ndarray:
-    try:
-        return file.get_tensor(name)
-    except AttributeError as error:  # numpy has no such type
-        stored = file.get_slice(name).get_dtype()
-        raise UserError(
-            f"{path}: tensor {name} is stored as {stored}, which cannot be read; "
-            "convert the file to float16 or bfloat16"
-        ) from error
-
-
-@contextlib.contextmanager
-def _open(path: str | Path) -> Iterator[Any]:
-    try:
-        # Pages of a mapped file would stay in memory beside the arrays made of them.
-        with safe_open(path, framework="numpy", backend="pread") as file:
-            yield file
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file") from error
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{path}: truncated, or not a safetensors file ({error}); fetch or convert it again"
-        ) from error

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from alignprop_jax.errors import UserError
-from alignprop_jax.loading.weights import read_tensors
+from alignprop_jax.loading.tensor_files import read_tensors
 from alignprop_jax.models.clip import CLIPModel
 from alignprop_jax.pretrained import ASSETS, load_component, resolve_network
 from alignprop_jax.rewards.base import Reward, no_prompt_inputs

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from alignprop_jax.models.execution import Execution
 from alignprop_jax.pretrained import load_stable_diffusion
 
 
@@ -28,7 +29,7 @@ def main():
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak
     before = memory("VmRSS")
     start, start_cpu = time.monotonic(), time.process_time()
-    _, params, _ = load_stable_diffusion(model, jnp.dtype(dtype))
+    _, params, _ = load_stable_diffusion(model, Execution(jnp.dtype(dtype)))
     jax.block_until_ready(params)
     print(
         json.dumps(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from alignprop_jax.errors import UserError
-from alignprop_jax.loading.weights import read_tensors
+from alignprop_jax.loading.tensor_files import read_tensors
 from tests.torch_pipeline import torch
 
 

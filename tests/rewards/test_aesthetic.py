@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from alignprop_jax.errors import UserError
-from alignprop_jax.loading.weights import read_safetensors, write_safetensors
+from alignprop_jax.loading.tensor_files import read_safetensors, write_safetensors
 from alignprop_jax.rewards import check_reward, make_reward
 from alignprop_jax.rewards.aesthetic import LAION_HEAD, apply_head, load_head
 from tests.torch_pipeline import torch, transformers
