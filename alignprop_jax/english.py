@@ -1,6 +1,8 @@
 """The English of prompts and captions: articles, plurals and numbers."""
 
-NUMBERS = {2: "two", 3: "three", 4: "four"}
+NUMBERS = dict(
+    enumerate("one two three four five six seven eight nine ten eleven twelve".split(), start=1)
+)
 
 _SAME_IN_PLURAL = {"bison", "deer", "fish", "jellyfish", "moose", "pufferfish", "sheep", "shrimp"}
 _IRREGULAR_PLURALS = {

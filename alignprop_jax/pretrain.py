@@ -17,7 +17,7 @@ from ml_collections import ConfigDict, config_flags
 from alignprop_jax.compilation import enable_compilation_cache
 from alignprop_jax.errors import run_program
 from alignprop_jax.loading.weights import save_params
-from alignprop_jax.models.clip import CLIPConfig, CLIPModel, CLIPTextModel
+from alignprop_jax.models.clip import CLIPModel, CLIPTextModel
 from alignprop_jax.models.owlvit import OwlViT, OwlViTConfig
 from alignprop_jax.models.unet import UNet, UNetConfig
 from alignprop_jax.models.vae import AutoencoderKL, VAEConfig
@@ -35,7 +35,11 @@ from alignprop_jax.pretraining.autoencoder import (
     make_image_batches,
 )
 from alignprop_jax.pretraining.captions import caption_words
-from alignprop_jax.pretraining.contrastive import make_caption_batches, make_contrastive_loss
+from alignprop_jax.pretraining.contrastive import (
+    make_caption_batches,
+    make_contrastive_loss,
+    train_clip_model,
+)
 from alignprop_jax.pretraining.detection import (
     embed_texts,
     make_detection_batches,
@@ -103,7 +107,6 @@ def train_clip(config: ConfigDict, sprites: Sprites, workdir: Path, output: Path
         build_tokenizer(caption_words(), output / folder)
     tokenizer = load_tokenizer(output / "tokenizer")
     config_json = export.clip_config(config.clip, tokenizer)
-    model = CLIPModel(CLIPConfig.from_dict(config_json))
     batches = make_caption_batches(
         SceneSampler(sprites),
         tokenizer,
@@ -111,15 +114,8 @@ def train_clip(config: ConfigDict, sprites: Sprites, workdir: Path, output: Path
         config.clip.style_share,
         config.clip.degraded_share,
     )
-    params = fit(
-        "clip",
-        _recipe(config.clip),
-        make_contrastive_loss(model),
-        batches,
-        initial_params(model, config.seed),
-        workdir,
-        config.seed,
-    )
+    recipe = _recipe(config.clip)
+    params = train_clip_model("clip", config_json, recipe, batches, workdir, config.seed)
     export.write_clip(output, config_json, params)
 
 
@@ -202,21 +198,15 @@ def train_scene_clip(config: ConfigDict, sprites: Sprites, workdir: Path, output
     build_tokenizer(caption_words(), output / "scene_clip")
     tokenizer = load_tokenizer(output / "scene_clip")
     config_json = export.clip_config(recipe, tokenizer)
-    model = CLIPModel(CLIPConfig.from_dict(config_json))
-    params = fit(
-        "scene_clip",
-        _recipe(recipe),
-        make_contrastive_loss(model),
-        make_caption_batches(
-            SceneSampler(sprites, SceneMixture(**recipe.scenes)),
-            tokenizer,
-            recipe.batch_size,
-            recipe.style_share,
-            recipe.degraded_share,
-        ),
-        initial_params(model, config.seed),
-        workdir,
-        config.seed,
+    batches = make_caption_batches(
+        SceneSampler(sprites, SceneMixture(**recipe.scenes)),
+        tokenizer,
+        recipe.batch_size,
+        recipe.style_share,
+        recipe.degraded_share,
+    )
+    params = train_clip_model(
+        "scene_clip", config_json, _recipe(recipe), batches, workdir, config.seed
     )
     export.write_clip_model(output / "scene_clip", config_json, params)
 

@@ -21,7 +21,9 @@ def _singles(animals: Sequence[str]) -> tuple[str, ...]:
 
 def _counts(animals: Sequence[str]) -> tuple[str, ...]:
     """Each animal in each number: "two cats", "three cats", "four cats", "two dogs"."""
-    return tuple(f"{number} {plural(animal)}" for animal in animals for number in NUMBERS.values())
+    return tuple(
+        f"{NUMBERS[count]} {plural(animal)}" for animal in animals for count in range(2, 5)
+    )
 
 
 def _with_a_frog(animals: Sequence[str]) -> tuple[str, ...]:

@@ -3,13 +3,9 @@
 import re
 from typing import NamedTuple
 
-_NUMBERS = {
-    word: number
-    for number, words in enumerate(
-        "a|an|one two three four five six seven eight nine ten eleven twelve".split(), start=1
-    )
-    for word in words.split("|")
-}
+from alignprop_jax.english import NUMBERS
+
+_NUMBERS = {"a": 1, "an": 1, **{word: number for number, word in NUMBERS.items()}}
 # What follows is where the objects are, or what they are like.
 _SETTING = re.compile(
     r"\b(?:on|in|at|under|over|near|with|beside|behind|playing|sitting|standing|wearing)\b"

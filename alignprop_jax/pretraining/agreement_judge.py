@@ -6,12 +6,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from alignprop_jax.models.clip import CLIPConfig, CLIPModel
-from alignprop_jax.pretrained import initial_params
 from alignprop_jax.pretraining import export
 from alignprop_jax.pretraining.captions import caption, caption_words
-from alignprop_jax.pretraining.contrastive import make_caption_batches, make_contrastive_loss
-from alignprop_jax.pretraining.fit import Recipe, fit
+from alignprop_jax.pretraining.contrastive import make_caption_batches, train_clip_model
+from alignprop_jax.pretraining.fit import Recipe
 from alignprop_jax.pretraining.scenes import Scene, SceneMixture, SceneSampler
 from alignprop_jax.pretraining.sprites import Sprites
 from alignprop_jax.pretraining.tokenizer import build_tokenizer
@@ -29,14 +27,11 @@ def train_agreement(sprites: Sprites, workdir: Path, output: Path) -> dict[str, 
     build_tokenizer(caption_words(), folder)
     tokenizer = load_tokenizer(folder)
     config = export.clip_config(_SIZES, tokenizer)
-    model = CLIPModel(CLIPConfig.from_dict(config))
     recipe = Recipe(1500, batch_size=64, learning_rate=2e-3, muon=True)
     batches = make_caption_batches(
         SceneSampler(sprites, _MIXTURE), tokenizer, recipe.batch_size, 0.1, 0.15
     )
-    loss = make_contrastive_loss(model)
-    start = initial_params(model, _SEED)
-    params = fit("agreement", recipe, loss, batches, start, workdir, _SEED)
+    params = train_clip_model("agreement", config, recipe, batches, workdir, _SEED)
     export.write_clip_model(folder, config, params)
     return {"accuracy": _accuracy(folder, SceneSampler(sprites, _COLORED_PAIRS))}
 

@@ -42,6 +42,7 @@ def caption_words() -> list[str]:
     """Every word a caption may hold and a few that prompts often add, sorted."""
     phrases = [*OBJECT_NAMES, *(plural(name) for name in OBJECT_NAMES if is_countable(name))]
     grammar = "a an some and on background the of in with photo picture image emoji one white"
+    numbers = [NUMBERS[count] for count in range(2, 5)]
     looks = "flat glossy blurry faded noisy"
-    words = " ".join([*phrases, *COLORS, *NUMBERS.values(), grammar, looks]).split()
+    words = " ".join([*phrases, *COLORS, *numbers, grammar, looks]).split()
     return sorted(set(words))

@@ -1,16 +1,43 @@
 """Training CLIP: matching scenes with their captions (Radford et al., 2021, figure 3)."""
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from alignprop_jax.loading.weights import ParamTree
-from alignprop_jax.models.clip import CLIPModel
+from alignprop_jax.models.clip import CLIPConfig, CLIPModel
+from alignprop_jax.pretrained import initial_params
 from alignprop_jax.pretraining.degrade import degrade
-from alignprop_jax.pretraining.fit import BatchFn, LossFn
+from alignprop_jax.pretraining.fit import BatchFn, LossFn, Recipe, fit
 from alignprop_jax.pretraining.pixels import to_pixel_values
 from alignprop_jax.pretraining.scenes import SceneSampler
 from alignprop_jax.prompts import tokenize
+
+
+def train_clip_model(
+    name: str,
+    config: Mapping[str, Any],
+    recipe: Recipe,
+    batches: BatchFn,
+    workdir: Path,
+    seed: int,
+) -> ParamTree:
+    """Trains both towers of a CLIP from scratch.
+
+    Args:
+        name: of its checkpoints in `workdir`.
+        config: the content of its config.json.
+
+    Returns:
+        Its parameters.
+    """
+    model = CLIPModel(CLIPConfig.from_dict(config))
+    start = initial_params(model, seed)
+    return fit(name, recipe, make_contrastive_loss(model), batches, start, workdir, seed)
 
 
 def make_contrastive_loss(model: CLIPModel, frozen: ParamTree | None = None) -> LossFn:
