@@ -12,7 +12,12 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, FieldReference, config_flags
 
-from alignprop_jax.algorithms.presets import PRESETS, check_algorithm, use_algorithm
+from alignprop_jax.algorithms.presets import (
+    PRESETS,
+    WITHOUT_REWARD_GRADIENT,
+    check_algorithm,
+    use_algorithm,
+)
 from alignprop_jax.errors import UserError
 from alignprop_jax.gradient_path import REWARD_AT, GradientPath
 from alignprop_jax.losses import SHAPES
@@ -42,6 +47,12 @@ _POSITIVE = (
     "evaluation.samples_per_prompt",
     "checkpoint.keep",
     "mesh.fsdp",
+    "rollouts.epochs",
+    "rollouts.minibatches",
+    "rollouts.history",
+    "ddpo.clip_range",
+    "ddpo.max_advantage",
+    "rwr.temperature",
 )
 _NOT_NEGATIVE = (
     "train.weight_decay",
@@ -60,8 +71,8 @@ _NOT_NEGATIVE = (
 def default_config() -> ConfigDict:
     """Returns every key with its default; a config file starts here and changes what it must."""
     config = ConfigDict()
-    # alignprop, draft, draft_k, draft_lv, refl or drtune: a name for settings of `truncation` and
-    # `gradient`, which `use_algorithm` and --config.algorithm make; see docs/algorithms.md.
+    # alignprop, draft, draft_k, draft_lv, refl, drtune, ddpo or rwr: a name for settings, which
+    # `use_algorithm` and --config.algorithm make; see docs/algorithms.md.
     config.algorithm = "alignprop"
     config.model = "emoji"  # a diffusers folder, a single file, a hub id (docs/models.md), or emoji
     config.prompts = "animals"  # prompts to train on: a built-in list or a text file, one a line
@@ -118,6 +129,16 @@ def default_config() -> ConfigDict:
     config.gradient.reward_at = "sample"  # or prediction, at a random late step, the last one run
     config.gradient.stop_share = 0.25  # prediction: how late, as a share of the steps
     config.gradient.renoise = 0  # copies of each sample that take its last step again
+
+    config.rollouts = ConfigDict()  # ddpo and rwr: what an update makes of its samples
+    config.rollouts.epochs = 2  # how many times it uses each
+    config.rollouts.minibatches = 2  # optimizer steps an epoch, each on a part of the samples
+    config.rollouts.history = 16  # rewards of a prompt that its next ones are compared with
+    config.ddpo = ConfigDict()
+    config.ddpo.clip_range = 1e-4  # of the importance weight, around 1
+    config.ddpo.max_advantage = 5.0  # in standard deviations
+    config.rwr = ConfigDict()
+    config.rwr.temperature = 0.2  # in standard deviations of the reward; low: only the best count
 
     config.lora = ConfigDict()
     config.lora.rank = 4
@@ -265,8 +286,17 @@ def validate(config: ConfigDict) -> None:
         config.checkpoint.keep_best,
         "0 where config.evaluation.every=0: rewards are what tells which is best",
     )
-    gradient_path(config).check(sampler.num_steps)
     check_algorithm(config)
+    if config.algorithm in WITHOUT_REWARD_GRADIENT:
+        minibatches = config.rollouts.minibatches
+        _check(
+            config.train.batch_size % minibatches == 0,
+            "rollouts.minibatches",
+            minibatches,
+            f"a divisor of train.batch_size={config.train.batch_size}",
+        )
+    else:
+        gradient_path(config).check(sampler.num_steps)
     microbatch_size, batch_size = config.train.microbatch_size, config.train.batch_size
     _check(
         microbatch_size == 0 or batch_size % microbatch_size == 0,

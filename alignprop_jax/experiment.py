@@ -13,7 +13,8 @@ from jaxtyping import Array, Float, Key
 from ml_collections import ConfigDict
 
 from alignprop_jax import sharding
-from alignprop_jax.algorithms.alignprop import PromptTable
+from alignprop_jax.algorithms.batches import PromptTable
+from alignprop_jax.algorithms.presets import WITHOUT_REWARD_GRADIENT
 from alignprop_jax.models.execution import Execution
 from alignprop_jax.pretrained import load_stable_diffusion
 from alignprop_jax.prompts import load_prompts, tokenize
@@ -96,7 +97,7 @@ def load_experiment(config: ConfigDict, mesh: Mesh | None = None) -> Experiment:
         config.gradient.detach_input,
     )
     reward = make_reward(config.reward, tokenizers[0], _reward_options(config, dtype))
-    check_reward(reward, sd.image_shape)
+    check_reward(reward, sd.image_shape, config.algorithm not in WITHOUT_REWARD_GRADIENT)
     encoded = encode(sd, params, tokenizers, [config.negative_prompt, *sum(prompts.values(), [])])
     everywhere = sharding.replicated(mesh)
     splits, start = {}, 1
@@ -120,7 +121,8 @@ def _reward_options(config: ConfigDict, dtype: jnp.dtype) -> dict[str, dict[str,
     """The arguments of every registered reward's factory."""
     networks = ("aesthetic", "clip_score", "count", "hps", "pickscore", "remove")
     options = {name: {**config[name].to_dict(), "dtype": dtype} for name in networks}
-    return options | dict.fromkeys(("jpeg_compress", "jpeg_incompress"), config.jpeg.to_dict())
+    files = ("jpeg_compress", "jpeg_incompress", "jpeg_compress_file", "jpeg_incompress_file")
+    return options | dict.fromkeys(files, config.jpeg.to_dict())
 
 
 def encode(

@@ -1,10 +1,11 @@
 """From noise and a prompt to images, differentiably: guidance and the scan over denoising steps."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree, Shaped
 
 from alignprop_jax.errors import UserError
 from alignprop_jax.lora import scale_lora
@@ -74,9 +75,68 @@ def gate_gradient(denoise: Callable[..., Array], recompute: bool) -> Callable[..
     return gated
 
 
-def interleave(*batches: Float[Array, "b *s"]) -> Float[Array, "n*b *s"]:
+def interleave(*batches: Shaped[Array, "b *s"]) -> Shaped[Array, "n*b *s"]:
     """Merges n batches, image by image, so that a batch split over devices stays where it is."""
     return jnp.stack(batches, axis=1).reshape(-1, *batches[0].shape[1:])
+
+
+def make_denoiser(
+    sd: StableDiffusion, guidance_scale: float, recompute: bool = False, detach_input: bool = False
+) -> Callable[..., Float[Array, "b h w c"]]:
+    """Builds the UNet with classifier-free guidance.
+
+    Args:
+        guidance_scale: weight w of eps = u + w (c - u), Ho & Salimans, arXiv 2207.12598; 1 is
+            without guidance, at half the cost.
+        recompute: the backward pass evaluates it again.
+        detach_input: its input is a constant to the gradient.
+
+    Returns:
+        `denoise(lora, x_t, constants)`, where the constants are the UNet's parameters, the
+        conditioning of `pair_with_negative`, and the timestep, one for all images or one for each.
+    """
+
+    def denoise(lora, x_t, constants):
+        unet_params, conditioning, timestep = constants
+        if recompute:
+            # Weights that are split over devices are to be gathered here, layer by layer. XLA would
+            # do so once for all steps, and keep them whole.
+            unet_params, x_t = jax.lax.optimization_barrier((unet_params, x_t))
+        if detach_input:
+            x_t = jax.lax.stop_gradient(x_t)
+        variables = (
+            {"params": unet_params} if lora is None else {"params": unet_params, "lora": lora}
+        )
+        if guidance_scale == 1.0:
+            return apply_unet(sd, variables, x_t, timestep, conditioning)
+        timestep = timestep if jnp.ndim(timestep) == 0 else interleave(timestep, timestep)
+        output = apply_unet(sd, variables, interleave(x_t, x_t), timestep, conditioning)
+        unconditional, conditional = output[0::2], output[1::2]
+        return unconditional + guidance_scale * (conditional - unconditional)
+
+    return denoise
+
+
+def pair_with_negative(
+    conditioning: Conditioning, uncond: Conditioning, guidance_scale: float
+) -> Conditioning:
+    """What the denoiser of that guidance takes: each prompt's, after that of its negative prompt.
+
+    Args:
+        uncond: of the negative prompts, one an image or one for all.
+    """
+    if guidance_scale == 1.0:
+        return conditioning
+    batch = conditioning.hidden_states.shape[0]
+    return jax.tree.map(interleave, broadcast_to_batch(uncond, batch), conditioning)
+
+
+class Trajectory(NamedTuple):
+    """A sample and the way to it."""
+
+    images: Float[Array, "b H W 3"]
+    latents: Float[Array, "b t+1 h w c"]  # from the noise to the last one, which is decoded
+    log_probs: Float[Array, "b t"]  # of each step, see `DDIMScheduler.log_prob`
 
 
 def make_sampler(
@@ -108,27 +168,10 @@ def make_sampler(
     """
     if remat not in REMAT_POLICIES:
         raise UserError(f"remat is {remat!r}; supported: {', '.join(REMAT_POLICIES)}")
-    guided = guidance_scale != 1.0
     steps = sd.scheduler.plan(num_steps, eta)
     recompute = remat != "none"
 
-    def denoise(lora, x_t, constants):
-        unet_params, conditioning, timestep = constants
-        if recompute:
-            # Weights that are split over devices are to be gathered here, layer by layer. XLA would
-            # do so once for all steps, and keep them whole.
-            unet_params, x_t = jax.lax.optimization_barrier((unet_params, x_t))
-        if detach_input:
-            x_t = jax.lax.stop_gradient(x_t)
-        variables = (
-            {"params": unet_params} if lora is None else {"params": unet_params, "lora": lora}
-        )
-        if not guided:
-            return apply_unet(sd, variables, x_t, timestep, conditioning)
-        output = apply_unet(sd, variables, interleave(x_t, x_t), timestep, conditioning)
-        unconditional, conditional = output[0::2], output[1::2]
-        return unconditional + guidance_scale * (conditional - unconditional)
-
+    denoise = make_denoiser(sd, guidance_scale, recompute, detach_input)
     gated_denoise = gate_gradient(denoise, recompute)
 
     def sample(
@@ -142,7 +185,8 @@ def make_sampler(
         stop: Int[Array, ""] | None = None,
         renoise: int = 0,
         lora_timesteps: tuple[Int[Array, ""], Int[Array, ""]] | None = None,
-    ) -> Float[Array, "n*b H W 3"]:
+        keep_latents: bool = False,
+    ) -> Float[Array, "n*b H W 3"] | Trajectory:
         """Samples one image for each of the latents.
 
         Args:
@@ -163,16 +207,15 @@ def make_sampler(
                 step again, trained; the sample that they come from is a constant to them.
             lora_timesteps: the highest and the lowest timestep at which the UNet has the LoRA, both
                 included; None for all.
+            keep_latents: gives the latents on the way, too; without `renoise` and `stop`.
 
         `trained`, `stop` and `lora_timesteps` are data: one compiled program serves all of them.
 
         Returns:
-            Images in [0, 1], each followed by its copies.
+            Images in [0, 1], each followed by its copies; a `Trajectory` with `keep_latents`.
         """
         batch = latents.shape[0]
-        if guided:
-            uncond = broadcast_to_batch(uncond, batch)
-            conditioning = jax.tree.map(interleave, uncond, conditioning)
+        conditioning = pair_with_negative(conditioning, uncond, guidance_scale)
         if trained is None:
             trained = jnp.zeros(num_steps, bool)
         keys = jax.random.split(key, batch) if key.ndim == 0 else key
@@ -206,6 +249,11 @@ def make_sampler(
             x_prev = sd.scheduler.step(output, x_t, at, noise)
             if stop is not None:
                 x_prev = jnp.where(runs, x_prev, x_t)
+            if keep_latents:
+                log_probs = jax.vmap(sd.scheduler.log_prob, (0, 0, 0, None))(
+                    output, x_t, x_prev, at
+                )
+                return x_prev, (x_prev, log_probs)
             if not renoise:
                 return x_prev, None
             return jnp.where(is_copy, carried, x_prev), x_prev
@@ -214,6 +262,10 @@ def make_sampler(
         x_0, after = jax.lax.scan(step, latents.astype(jnp.float32), inputs)
         if renoise:
             x_0 = interleave(x_0, *after[num_steps:])
-        return decode_latents(sd, params, x_0)
+        images = decode_latents(sd, params, x_0)
+        if not keep_latents:
+            return images
+        visited, log_probs = jax.tree.map(lambda x: x.swapaxes(0, 1), after)
+        return Trajectory(images, jnp.concatenate([latents[:, None], visited], 1), log_probs)
 
     return sample

@@ -254,6 +254,45 @@ class DDIMScheduler:
         x_prev = jnp.sqrt(at.alpha_bar_prev) * x_0 + at.direction * eps
         return x_prev if noise is None else x_prev + at.sigma * noise
 
+    def log_prob(
+        self,
+        model_output: Float[Array, "*shape"],
+        x_t: Float[Array, "*shape"],
+        x_prev: Float[Array, "*shape"],
+        at: SamplerSteps,
+    ) -> Float[Array, ""]:
+        """How likely a DDIM step was to end where it did: its Gaussian's log-density.
+
+        As DDPO's authors have it (arXiv 2305.13301), it is the mean over the elements of the
+        sample, not their sum: the clip range of the importance weight is for that.
+
+        Args:
+            model_output: what the denoiser said of `x_t`.
+            x_t: one sample before the step.
+            x_prev: the sample after it.
+            at: the constants of this step alone, each a scalar.
+
+        Returns:
+            The log-density; 0 for a step that adds no noise, whose density does not exist.
+        """
+        sigma = jnp.where(at.sigma > 0, at.sigma, 1.0)
+        deviation = (x_prev - self.step(model_output, x_t, at)) / sigma
+        log_density = -0.5 * deviation**2 - jnp.log(sigma) - 0.5 * math.log(2 * math.pi)
+        return jnp.where(at.sigma > 0, jnp.mean(log_density), 0.0)
+
+    def training_target(
+        self,
+        x_0: Float[Array, "*shape"],
+        noise: Float[Array, "*shape"],
+        alpha_bar: Float[Array, ""],
+    ) -> Float[Array, "*shape"]:
+        """What the denoiser is to say of `add_noise(x_0, noise, alpha_bar)`."""
+        if self.prediction_type == "epsilon":
+            return noise
+        if self.prediction_type == "v_prediction":
+            return jnp.sqrt(alpha_bar) * noise - jnp.sqrt(1 - alpha_bar) * x_0
+        return x_0
+
     def add_noise(
         self,
         x_0: Float[Array, "*shape"],

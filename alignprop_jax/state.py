@@ -3,7 +3,7 @@
 import flax.struct
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int, Key, PyTree
+from jaxtyping import Array, Bool, Int, Key, PyTree
 
 
 @flax.struct.dataclass
@@ -20,10 +20,27 @@ class TrainState:
     key: Key[Array, ""]
     skipped: Int[Array, ""]  # steps whose update was left out, in all
     skipped_in_a_row: Int[Array, ""]  # ... up to and including the last step
+    history: PyTree = None  # what the algorithm remembers of earlier steps
+
+    def after(
+        self, finite: Bool[Array, ""], lora: PyTree, opt_state: PyTree, history: PyTree = None
+    ) -> "TrainState":
+        """The state after one more step, whose update was left out unless it was finite."""
+        return self.replace(
+            step=self.step + 1,
+            lora=lora,
+            opt_state=opt_state,
+            skipped=self.skipped + ~finite,
+            skipped_in_a_row=jnp.where(finite, 0, self.skipped_in_a_row + 1),
+            history=history,
+        )
 
 
 def create_train_state(
-    lora: PyTree, optimizer: optax.GradientTransformation, key: Key[Array, ""]
+    lora: PyTree,
+    optimizer: optax.GradientTransformation,
+    key: Key[Array, ""],
+    history: PyTree = None,
 ) -> TrainState:
     """Builds the state before the first step."""
     return TrainState(
@@ -33,4 +50,5 @@ def create_train_state(
         key=key,
         skipped=jnp.zeros((), jnp.int32),
         skipped_in_a_row=jnp.zeros((), jnp.int32),
+        history=history,
     )

@@ -12,17 +12,14 @@ import time
 from collections.abc import Callable
 
 import jax
-import optax
 from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
 from alignprop_jax import distributed, sharding
-from alignprop_jax.algorithms.alignprop import make_train_step
-from alignprop_jax.algorithms.optimizer import make_optimizer
 from alignprop_jax.checkpoints import Checkpoints, make_fingerprint
 from alignprop_jax.compilation import enable_compilation_cache
-from alignprop_jax.config import define_config_flag, gradient_path, to_json, validate
+from alignprop_jax.config import define_config_flag, to_json, validate
 from alignprop_jax.dashboards import open_dashboards
 from alignprop_jax.errors import UserError, run_program
 from alignprop_jax.evaluation import Evaluator, make_evaluator, make_judges
@@ -30,13 +27,13 @@ from alignprop_jax.experiment import TRAIN, UNSEEN, Experiment, load_experiment,
 from alignprop_jax.kohya import save_kohya_lora
 from alignprop_jax.lora import count_parameters, init_lora
 from alignprop_jax.lora_file import continue_lora, save_lora
-from alignprop_jax.losses import make_loss
 from alignprop_jax.metrics import Record
 from alignprop_jax.progress import progress_bar
 from alignprop_jax.reports import Reports
 from alignprop_jax.standardization import standardize_parts
 from alignprop_jax.state import TrainState, create_train_state
 from alignprop_jax.summary import describe_result, seconds_of_steps, summarize
+from alignprop_jax.train_steps import build_train_step, create_history, optimizer_of
 from alignprop_jax.workdir import Workdir
 
 # After so many steps in a row without a finite gradient, no later one will have it.
@@ -106,7 +103,9 @@ def create_state(config: ConfigDict, experiment: Experiment) -> TrainState:
     """Returns the state before the first step of a fresh LoRA, on every device."""
     keys, settings = make_keys(config.train.seed), config.lora
     lora = init_lora(keys.lora, experiment.params["unet"], settings.rank, settings.targets)
-    state = create_train_state(lora, optimizer_of(config), keys.train)
+    num_prompts = len(experiment.splits[TRAIN].prompts)
+    history = create_history(config, num_prompts)
+    state = create_train_state(lora, optimizer_of(config), keys.train, history)
     return sharding.put(state, sharding.replicated(experiment.mesh))
 
 
@@ -118,19 +117,6 @@ def start_from_file(config: ConfigDict, experiment: Experiment, state: TrainStat
     scale = config.lora.alpha / config.lora.rank
     lora = continue_lora(config.lora.init, state.lora, experiment.params["unet"], scale)
     return state.replace(lora=sharding.put(lora, sharding.replicated(experiment.mesh)))
-
-
-def optimizer_of(config: ConfigDict) -> optax.GradientTransformation:
-    """Returns the optimizer that the config describes."""
-    settings = config.train
-    return make_optimizer(
-        settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        beta1=settings.beta1,
-        beta2=settings.beta2,
-        epsilon=settings.epsilon,
-        max_grad_norm=settings.max_grad_norm,
-    )
 
 
 def open_checkpoints(
@@ -181,21 +167,7 @@ def compile_train_step(
     config: ConfigDict, experiment: Experiment, state: TrainState
 ) -> tuple[TrainStep, float]:
     """Compiles one update; returns it with the seconds that took."""
-    key = "microbatch_size" if config.train.microbatch_size else "batch_size"
-    sharding.check_batch_size(f"train.{key}", config.train[key], experiment.mesh)
-    path = gradient_path(config)
-    train_step = make_train_step(
-        functools.partial(experiment.sample, renoise=path.renoise),
-        experiment.reward,
-        make_loss(config.loss.shape, config.loss.target, config.loss.scale),
-        optimizer_of(config),
-        functools.partial(path.draw, num_steps=config.sampler.num_steps),
-        latent_shape=experiment.sd.latent_shape,
-        lora_scale=config.lora.alpha / config.lora.rank,
-        batch_size=config.train.batch_size,
-        microbatch_size=config.train.microbatch_size,
-        split_batch=sharding.split_batch(experiment.mesh),
-    )
+    train_step = build_train_step(config, experiment)
     everywhere = sharding.replicated(experiment.mesh)
     jitted = jax.jit(train_step, donate_argnums=3, out_shardings=everywhere)
     frozen = (experiment.params, experiment.reward.params, experiment.splits[TRAIN].table)

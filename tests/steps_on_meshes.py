@@ -1,6 +1,6 @@
 """One train step of the nano run on meshes of several sizes, for `test_sharding`.
 
-    python -m tests.steps_on_meshes CONFIG OUTPUT DEVICES_FSDP ...
+    python -m tests.steps_on_meshes CONFIG OUTPUT ALGORITHM DEVICES_FSDP ...
 
 A program of its own: the number of devices is decided when JAX starts.
 """
@@ -14,24 +14,29 @@ import jax
 import numpy as np
 
 from alignprop_jax import sharding
+from alignprop_jax.algorithms.presets import use_algorithm
 from alignprop_jax.config import load_config
 from alignprop_jax.experiment import load_experiment
 from alignprop_jax.train import compile_train_step, create_state
 
 
-def main(config_file: str, output: Path, meshes: Sequence[str]) -> None:
+def main(config_file: str, output: Path, algorithm: str, meshes: Sequence[str]) -> None:
     """Writes the factors, MESH.npy, scalars, MESH.json, and the program, MESH.hlo.
 
     Args:
         config_file: of the nano run.
         output: a folder.
+        algorithm: its name in a config.
         meshes: DEVICES_FSDP, such as 8_2.
     """
     config = load_config(config_file)
+    use_algorithm(config, algorithm)
     config.train.batch_size = 16
     config.train.microbatch_size = 8
     config.sampler.eta = 1.0
     config.truncation.strategy = "full"
+    # A clipped importance weight has no gradient, and rounding may clip it.
+    config.ddpo.clip_range = 1.0
     # AdamW's step is the gradient itself, so that the factors show it.
     config.train.update({"learning_rate": 1.0, "epsilon": 1.0, "max_grad_norm": 1e6})
     for name in meshes:
@@ -55,4 +60,4 @@ def main(config_file: str, output: Path, meshes: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3], sys.argv[4:])

@@ -7,7 +7,8 @@ import optax
 import pytest
 
 from alignprop_jax.algorithms.accumulation import accumulate_gradients
-from alignprop_jax.algorithms.alignprop import PromptTable, make_train_step
+from alignprop_jax.algorithms.alignprop import make_train_step
+from alignprop_jax.algorithms.batches import PromptTable
 from alignprop_jax.algorithms.optimizer import make_optimizer
 from alignprop_jax.algorithms.prompt_order import prompt_indices
 from alignprop_jax.errors import UserError

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from alignprop_jax.algorithms.presets import PRESETS, use_algorithm
+from alignprop_jax.algorithms.presets import PRESETS, WITHOUT_REWARD_GRADIENT, use_algorithm
 from alignprop_jax.config import (
     check_key,
     default_config,
@@ -27,6 +27,8 @@ CONTRACT = """
     train.num_steps train.batch_size train.learning_rate train.weight_decay train.max_grad_norm
     train.seed train.microbatch_size checkpoint.every checkpoint.keep
 """.split()
+
+BACKPROPAGATING = [name for name in PRESETS if name not in WITHOUT_REWARD_GRADIENT]
 
 
 def test_default_config_is_valid_and_has_every_promised_key():
@@ -89,7 +91,7 @@ def test_a_bad_value_is_named_with_what_is_allowed(key, value, named):
         validate(config)
 
 
-@pytest.mark.parametrize("algorithm", PRESETS)
+@pytest.mark.parametrize("algorithm", BACKPROPAGATING)
 @pytest.mark.parametrize("num_steps", [10, 50])
 def test_an_algorithm_is_its_settings_whatever_was_set_before(algorithm, num_steps):
     config = default_config()
@@ -111,11 +113,29 @@ def test_an_algorithm_is_its_settings_whatever_was_set_before(algorithm, num_ste
     }[algorithm]
 
 
-@pytest.mark.parametrize("algorithm", [name for name in PRESETS if name != "alignprop"])
+@pytest.mark.parametrize("algorithm", [name for name in BACKPROPAGATING if name != "alignprop"])
 def test_a_name_without_its_steps_is_refused(algorithm):
     config = default_config()
     config.algorithm = algorithm
     with pytest.raises(UserError, match=rf"use_algorithm\(config, '{algorithm}'\) sets"):
+        validate(config)
+
+
+def test_ddpo_needs_noise():
+    config = default_config()
+    use_algorithm(config, "ddpo")
+    validate(config)
+    config.sampler.eta = 0.0
+    with pytest.raises(UserError, match="sampler.eta=0 adds none; set config.sampler.eta to 1"):
+        validate(config)
+
+
+@pytest.mark.parametrize("algorithm", WITHOUT_REWARD_GRADIENT)
+def test_minibatches_divide_the_batch(algorithm):
+    config = default_config()
+    use_algorithm(config, algorithm)
+    config.rollouts.minibatches = 3
+    with pytest.raises(UserError, match="rollouts.minibatches=3 must be a divisor of .*=8"):
         validate(config)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from alignprop_jax import sharding
-from alignprop_jax.algorithms.alignprop import PromptTable
+from alignprop_jax.algorithms.batches import PromptTable
 from alignprop_jax.config import default_config
 from alignprop_jax.evaluation import Evaluation, Evaluator, make_judges, summarize
 from alignprop_jax.experiment import Experiment, Split

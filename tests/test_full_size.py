@@ -1,6 +1,6 @@
 """Stable Diffusion 1.5, 2.1 and XL at their real sizes against diffusers, random weights.
 
-`pytest -m full_size tests/test_full_size.py -s -k sdxl` prints a row of the table of docs/models.md.
+`pytest -m full_size -s tests/test_full_size.py -k sdxl` prints a row of docs/models.md.
 """
 
 import resource

@@ -70,10 +70,10 @@ def torch_lora(unet, lora):
     return factors
 
 
-def assert_close_gradients(actual, wanted):
+def assert_close_gradients(actual, wanted, atol=1e-4):
     scale = max(np.abs(value).max() for value in wanted.values())
     assert scale > 0
     for path, value in wanted.items():
         np.testing.assert_allclose(
-            actual[path] / scale, value / scale, rtol=0, atol=1e-4, err_msg=".".join(path)
+            actual[path] / scale, value / scale, rtol=0, atol=atol, err_msg=".".join(path)
         )

@@ -3,33 +3,28 @@
 from collections.abc import Callable
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, Float, Key
 
 from alignprop_jax.algorithms.accumulation import accumulate_gradients
+from alignprop_jax.algorithms.batches import (
+    Metrics,
+    PromptTable,
+    count_microbatches,
+    draw_latents,
+    reward_metrics,
+    score_images,
+)
+from alignprop_jax.algorithms.optimizer import descend_if
 from alignprop_jax.algorithms.prompt_order import prompt_indices
-from alignprop_jax.errors import UserError
 from alignprop_jax.gradient_path import StepDraw
 from alignprop_jax.lora import scale_lora
 from alignprop_jax.losses import Loss
 from alignprop_jax.rewards.base import Reward
-from alignprop_jax.stable_diffusion import Conditioning
 from alignprop_jax.state import TrainState
 from alignprop_jax.truncation import first_trained_step
-
-Metrics = dict[str, Array]
-
-
-@flax.struct.dataclass
-class PromptTable:
-    """The P prompts of a run, encoded once, as the train step looks them up."""
-
-    conditioning: Conditioning  # from the text encoders, leading axis P
-    uncond: Conditioning  # the negative prompt's, leading axis 1
-    reward_inputs: PyTree  # from the reward's prepare, leading axis P
 
 
 def make_train_step(
@@ -74,20 +69,13 @@ def make_train_step(
     Raises:
         UserError: when the microbatch size does not divide the batch size.
     """
-    microbatch_size = microbatch_size or batch_size
-    if batch_size % microbatch_size:
-        raise UserError(
-            f"train.microbatch_size is {microbatch_size}; it must divide train.batch_size, "
-            f"which is {batch_size}"
-        )
-    num_microbatches = batch_size // microbatch_size
+    num_microbatches = count_microbatches(batch_size, microbatch_size)
 
     def train_step(params, reward_params, prompts, state):
         order_key, noise_key = jax.random.split(state.key)
         truncation_key, images_key = jax.random.split(jax.random.fold_in(noise_key, state.step))
         steps = draw_steps(truncation_key)
-        num_prompts = prompts.conditioning.hidden_states.shape[0]
-        indices = prompt_indices(order_key, state.step, batch_size, num_prompts)
+        indices = prompt_indices(order_key, state.step, batch_size, prompts.num_prompts)
         image_keys = jax.random.split(images_key, batch_size)
 
         whole = (params, reward_params, prompts, state.lora, steps)
@@ -95,12 +83,13 @@ def make_train_step(
             whole, (indices, image_keys)
         )
         grad_norm = optax.tree.norm(gradient)
-        state = update(state, gradient, jnp.isfinite(value) & jnp.isfinite(grad_norm))
+        finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
+        state = state.after(
+            finite, *descend_if(finite, optimizer, gradient, state.lora, state.opt_state)
+        )
         metrics = {
             "loss": value,
-            "reward_mean": jnp.mean(scores),
-            "reward_std": jnp.std(scores),
-            **{f"reward/{name}": jnp.mean(part) for name, part in parts.items()},
+            **reward_metrics(scores, parts),
             "grad_norm": grad_norm,
             "start_step": first_trained_step(steps.trained),
             "skipped": state.skipped,
@@ -114,11 +103,8 @@ def make_train_step(
 
         def objective(lora, batch):
             indices, image_keys = batch
-            latent_keys, sampler_keys = jax.vmap(jax.random.split, out_axes=1)(image_keys)
-            latents = jax.vmap(lambda key: jax.random.normal(key, latent_shape))(latent_keys)
-            conditioning, inputs = jax.tree.map(
-                lambda table: table[indices], (prompts.conditioning, prompts.reward_inputs)
-            )
+            latents, sampler_keys = draw_latents(image_keys, latent_shape)
+            conditioning, inputs = prompts.rows(indices)
             images = sample(
                 params,
                 scale_lora(lora, lora_scale),
@@ -130,29 +116,10 @@ def make_train_step(
                 steps.stop,
             )
             inputs = jax.tree.map(lambda x: jnp.repeat(x, len(images) // len(latents), 0), inputs)
-            scores = reward.score(reward_params, images, inputs)
-            parts = {
-                name: score(reward_params, images, inputs) for name, score in reward.parts.items()
-            }
+            scores, parts = score_images(reward, reward_params, images, inputs)
             return jnp.sum(loss(scores)) / len(latents), (scores, parts)
 
         value, rewards, gradient = accumulate_gradients(objective, lora, batch, num_microbatches)
         return (value, gradient), rewards
-
-    def update(state, gradient, finite):
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.lora)
-        lora = optax.apply_updates(state.lora, updates)
-        lora, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            (lora, opt_state),
-            (state.lora, state.opt_state),
-        )
-        return state.replace(
-            step=state.step + 1,
-            lora=lora,
-            opt_state=opt_state,
-            skipped=state.skipped + ~finite,
-            skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
-        )
 
     return train_step

@@ -1,6 +1,9 @@
 """The optimizer of the LoRA factors."""
 
+import jax
+import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Bool, PyTree
 
 
 def make_optimizer(
@@ -15,4 +18,21 @@ def make_optimizer(
     return optax.chain(
         optax.clip_by_global_norm(max_grad_norm),
         optax.adamw(learning_rate, beta1, beta2, epsilon, weight_decay=weight_decay),
+    )
+
+
+def descend_if(
+    finite: Bool[Array, ""],
+    optimizer: optax.GradientTransformation,
+    gradient: PyTree,
+    lora: PyTree,
+    opt_state: PyTree,
+) -> tuple[PyTree, PyTree]:
+    """One update, left out where the gradient is not finite; returns factors and moments."""
+    updates, new_opt_state = optimizer.update(gradient, opt_state, lora)
+    new_lora = optax.apply_updates(lora, updates)
+    return jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old),
+        (new_lora, new_opt_state),
+        (lora, opt_state),
     )

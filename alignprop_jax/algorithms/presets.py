@@ -1,4 +1,4 @@
-"""The published ways to backpropagate a reward, each by the settings that it is."""
+"""The published algorithms, each by the settings that it is."""
 
 from typing import Any
 
@@ -37,8 +37,16 @@ PRESETS: dict[str, dict[str, Any]] = {
         "gradient.reward_at": "prediction",
         "gradient.stop_share": 0.4,
     },
+    # Black et al., arXiv 2305.13301
+    "ddpo": {"sampler.eta": 1.0, "rollouts.epochs": 2},
+    # Lee et al., arXiv 2302.12192
+    "rwr": {"rollouts.epochs": 4},
 }
 """Config values by dotted key, of each algorithm by its name in a config."""
+
+
+WITHOUT_REWARD_GRADIENT = ("ddpo", "rwr")
+"""The algorithms that score samples and never differentiate the reward."""
 
 
 def use_algorithm(config: ConfigDict, name: str) -> None:
@@ -54,11 +62,19 @@ def use_algorithm(config: ConfigDict, name: str) -> None:
 
 
 def check_algorithm(config: ConfigDict) -> None:
-    """Raises UserError where the name of an algorithm stands on the steps of another.
+    """Raises UserError where the name of an algorithm stands on settings that are not its own.
 
-    All but AlignProp, which takes any, are named for the steps that they train.
+    Those that backpropagate are named for the steps that they train, all but AlignProp, which takes
+    any. DDPO needs steps that are random.
     """
     name, strategy = config.algorithm, config.truncation.strategy
+    if name == "ddpo" and config.sampler.eta == 0:
+        raise UserError(
+            "config.algorithm='ddpo' learns from the noise of the sampler, and "
+            "config.sampler.eta=0 adds none; set config.sampler.eta to 1"
+        )
+    if name in WITHOUT_REWARD_GRADIENT:
+        return
     own = PRESETS[name]["truncation.strategy"]
     if name != "alignprop" and strategy != own:
         raise UserError(

@@ -41,11 +41,14 @@ def no_prompt_inputs(prompts: Sequence[str]) -> np.ndarray:
     return np.zeros((len(prompts), 0), np.float32)
 
 
-def check_reward(reward: Reward, image_shape: tuple[int, int, int]) -> None:
+def check_reward(
+    reward: Reward, image_shape: tuple[int, int, int], differentiable: bool = True
+) -> None:
     """Traces the reward and its gradient without computing them.
 
     Args:
         image_shape: height, width and 3.
+        differentiable: whether it has to have a gradient.
 
     Raises:
         UserError: the reward fails, cannot be traced or differentiated, or does not return one
@@ -76,6 +79,9 @@ def check_reward(reward: Reward, image_shape: tuple[int, int, int]) -> None:
         if not jnp.issubdtype(scores.dtype, jnp.floating):
             raise UserError(f"reward {name!r} must return floats, not {scores.dtype}")
 
+    if not differentiable:
+        return
+
     def total(params, images, inputs):
         return reward.score(params, images, inputs).sum()
 
@@ -84,5 +90,6 @@ def check_reward(reward: Reward, image_shape: tuple[int, int, int]) -> None:
     except Exception as error:
         raise UserError(
             f"reward {reward.name!r} has no gradient by the image, which this algorithm descends "
-            f"({type(error).__name__}: {error}); write it in differentiable jax.numpy"
+            f"({type(error).__name__}: {error}); write it in differentiable jax.numpy, or set "
+            "config.algorithm to ddpo or rwr"
         ) from error

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from alignprop_jax.errors import UserError
+from alignprop_jax.file_size import jpeg_kilobytes
 from alignprop_jax.rewards import Reward, check_reward, make_reward, register
 from alignprop_jax.rewards.base import no_prompt_inputs
 from alignprop_jax.rewards.registry import _FACTORIES
@@ -113,6 +114,16 @@ def test_a_part_of_the_wrong_shape_is_named(brightness, tmp_path):
 def test_bad_function_is_named(tmp_path, expression, message):
     with pytest.raises(UserError, match=f"^reward 'score' .*{message}"):
         check_reward(user_reward(tmp_path, expression), SHAPE)
+
+
+def test_a_black_box_is_for_algorithms_that_need_no_gradient():
+    reward = make_reward("jpeg_compress_file", Tokenizer(), {"jpeg_compress_file": {"quality": 75}})
+    check_reward(reward, SHAPE, differentiable=False)
+    with pytest.raises(UserError, match="jpeg_compress_file.* has no gradient .* to ddpo or rwr"):
+        check_reward(reward, SHAPE)
+    images = np.random.default_rng(0).random((3, 16, 24, 3), np.float32)
+    scores = jax.jit(reward.score)({}, images, reward.prepare(["a cat"] * 3))
+    np.testing.assert_allclose(scores, -jpeg_kilobytes(75)(images, ["a cat"] * 3), rtol=1e-6)
 
 
 @pytest.mark.parametrize(
