@@ -8,6 +8,7 @@ early steps alone. The samples have the prompts and the noise of the evaluations
 DIR/evaluation.json gets the scores, DIR/images the pictures.
 """
 
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,12 @@ from alignprop_jax.buckets import in_bucket
 from alignprop_jax.compilation import enable_compilation_cache
 from alignprop_jax.config import define_config_flag, validate
 from alignprop_jax.errors import UserError, run_program
-from alignprop_jax.evaluation import make_evaluator, make_judges, summarize
+from alignprop_jax.evaluation import (
+    confidence_intervals,
+    make_evaluator,
+    make_judges,
+    summarize,
+)
 from alignprop_jax.experiment import load_experiment
 from alignprop_jax.images import columns_for, make_grid
 from alignprop_jax.judges import Scorer
@@ -42,8 +48,8 @@ def evaluate(
     A `lora` without files is the one that training left in the workdir.
 
     Returns:
-      What evaluation.json holds: which LoRA, and by split the number of samples n with mean
-      and standard deviation of every score.
+      What evaluation.json holds: which LoRA, and by split the number of samples n and of every
+      score NAME_mean, NAME_std and NAME_ci95, the mean's 95% confidence interval by the bootstrap.
 
     Raises:
       UserError: the config, a file it names, the LoRA or the folder cannot be used.
@@ -65,7 +71,7 @@ def evaluate(
         workdir.save_image(
             f"{name}_evaluation", make_grid(evaluation.images, split.prompts, columns)
         )
-        results[name] = summarize(evaluation)
+        results[name] = summarize(evaluation) | confidence_intervals(evaluation)
     write_json(workdir.path / "evaluation.json", results)
     return results
 
@@ -84,16 +90,22 @@ def find_lora(workdir: Workdir) -> str:
 
 
 def describe(results: dict[str, Any]) -> str:
-    """Returns a line a split."""
+    """Returns a table of every split's scores."""
     lines = [f"LoRA {results['lora']}"]
-    for name, summary in results.items():
-        if isinstance(summary, dict):
-            means = [
-                f"{key.removesuffix('_mean')} {value:.3f} +- {summary[key[:-5] + '_std']:.3f}"
-                for key, value in summary.items()
-                if key.endswith("_mean")
-            ]
-            lines.append(f"{name:6} {summary['n']} images: {', '.join(means)}")
+    for split, summary in results.items():
+        if not isinstance(summary, dict):
+            continue
+        names = [key.removesuffix("_mean") for key in summary if key.endswith("_mean")]
+        width = max(map(len, names))
+        lines.append("")
+        lines.append(
+            f"{split + ' prompts':{width}}     mean   95% interval      deviation, n={summary['n']}"
+        )
+        for name in names:
+            low, high = summary.get(f"{name}_ci95", (math.nan, math.nan))
+            mean, deviation = summary[f"{name}_mean"], summary[f"{name}_std"]
+            interval = "" if math.isnan(low) else f"{low:.3f} to {high:.3f}"
+            lines.append(f"{name:{width}} {mean:8.3f}   {interval:18}{deviation:8.3f}")
     return "\n".join(lines)
 
 

@@ -11,6 +11,7 @@ from jaxtyping import Key, PyTree
 from ml_collections import ConfigDict
 
 from alignprop_jax import sharding
+from alignprop_jax.bootstrap import confidence_interval
 from alignprop_jax.distributed import is_main
 from alignprop_jax.experiment import Experiment, Split, make_keys
 from alignprop_jax.file_size import jpeg_kilobytes
@@ -212,3 +213,18 @@ def summarize(evaluation: Evaluation) -> dict[str, float]:
             summary[f"{name}_mean"] = float(scores.mean())
             summary[f"{name}_std"] = float(scores.std())
     return summary
+
+
+def confidence_intervals(evaluation: Evaluation) -> dict[str, list[float]]:
+    """NAME_ci95 of every score: both ends of the interval of its mean, see `bootstrap`.
+
+    Scores of fewer than two prompts have none.
+    """
+    intervals = {}
+    for name, scores in evaluation.scores.items():
+        prompts = np.arange(len(scores)) % len(evaluation.prompts)
+        known = np.isfinite(scores)
+        interval = confidence_interval(scores[known], prompts[known])
+        if interval is not None:
+            intervals[f"{name}_ci95"] = list(interval)
+    return intervals

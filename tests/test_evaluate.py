@@ -31,9 +31,16 @@ def test_the_exported_lora_scores_what_training_reported(config, workdir):
     assert 0 < results["train"]["brightness_mean"] < 1
     assert json.loads((workdir / "evaluation.json").read_text()) == results
     assert (workdir / "images" / "unseen_evaluation.png").is_file()
-    lines = describe(results).splitlines()
-    assert len(lines) == 3 and f"reward {results['train']['reward_mean']:.3f} +- " in lines[1]
-    assert f"brightness {results['unseen']['brightness_mean']:.3f} +- " in lines[2]
+    low, high = results["train"]["reward_ci95"]
+    assert low < results["train"]["reward_mean"] < high
+    # One prompt tells nothing of others.
+    assert "reward_ci95" not in results["unseen"]
+    rows = [line.split() for line in describe(results).splitlines()]
+    train, unseen = results["train"], results["unseen"]
+    ends = [f"{low:.3f}", "to", f"{high:.3f}"]
+    assert ["reward", f"{train['reward_mean']:.3f}", *ends, f"{train['reward_std']:.3f}"] in rows
+    brightness = (unseen["brightness_mean"], unseen["brightness_std"])
+    assert ["brightness", *(f"{value:.3f}" for value in brightness)] in rows
 
 
 def test_the_base_model_scores_what_training_began_with(config, workdir):
