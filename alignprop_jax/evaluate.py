@@ -96,10 +96,11 @@ def describe(results: dict[str, Any]) -> str:
         if not isinstance(summary, dict):
             continue
         names = [key.removesuffix("_mean") for key in summary if key.endswith("_mean")]
-        width = max(map(len, names))
+        title = f"{split} prompts"
+        width = max(map(len, [title, *names]))
         lines.append("")
         lines.append(
-            f"{split + ' prompts':{width}}     mean   95% interval      deviation, n={summary['n']}"
+            f"{title:{width}} {'mean':>8}   {'95% interval':18}deviation, n={summary['n']}"
         )
         for name in names:
             low, high = summary.get(f"{name}_ci95", (math.nan, math.nan))
