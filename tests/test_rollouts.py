@@ -21,6 +21,7 @@ from alignprop_jax.config import load_config
 from alignprop_jax.pretrained import load_stable_diffusion
 from alignprop_jax.sampling import make_denoiser, make_sampler
 from alignprop_jax.schedulers import DDIMScheduler
+from alignprop_jax.stable_diffusion import Conditioning
 from alignprop_jax.train import train
 from tests import nano_run
 from tests.torch_gradients import (
@@ -133,6 +134,57 @@ def test_ddpo_descends_ppos_clipped_loss(setting):
     wanted = {path: factor.grad.numpy() for path, factor in factors.items()}
     # What a step added is a small difference of latents, and rounded as they are.
     assert_close_gradients(flatten_dict(gradient), wanted, atol=5e-4)
+
+
+def test_ddpos_gradient_is_that_of_the_expected_reward():
+    """By many samples of one number each, whose reward can be differentiated along the way, too."""
+    # All steps have noise worth the name, the last one, too: the estimate would vary otherwise.
+    scheduler = DDIMScheduler(
+        num_train_timesteps=20,
+        beta_start=0.1,
+        beta_end=0.2,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        prediction_type="sample",
+    )
+    number, steps = 200_000, jax.tree.map(jnp.asarray, scheduler.plan(4, eta=1.0))
+    noise = jax.random.normal(jax.random.key(7), (5, number, 1, 1, 1))
+
+    def denoise(lora, x_t, constants):
+        return jnp.tanh(lora * x_t) + 0.3 * lora
+
+    def walk(lora):
+        """The latents, and each step's log-density."""
+
+        def step(x_t, inputs):
+            at, noise = inputs
+            output = denoise(lora, x_t, None)
+            x_prev = scheduler.step(output, x_t, at, noise)
+            log_probs = jax.vmap(scheduler.log_prob, (0, 0, 0, None))(output, x_t, x_prev, at)
+            return x_prev, (x_prev, log_probs)
+
+        x_0, (after, log_probs) = jax.lax.scan(step, noise[0], (steps, noise[1:]))
+        latents = jnp.concatenate([noise[:1], after]).swapaxes(0, 1)
+        return jnp.sin(x_0.ravel()), latents, log_probs.T
+
+    lora = jnp.float32(0.7)
+    rewards, latents, log_probs = walk(lora)
+    along_the_way = jax.grad(lambda lora: walk(lora)[0].mean())(lora)
+    fit = make_ddpo_fit(denoise, scheduler, 4, 1.0, 1.0, clip_range=1e-4, max_advantage=100.0)
+    zeros = np.zeros(number, np.int32)
+    advantages = (rewards - rewards.mean()) / rewards.std()
+    rollouts = Rollouts(zeros, None, latents, log_probs, advantages)
+    nothing = jnp.zeros((1, 1, 1))
+    table = PromptTable(Conditioning(nothing), Conditioning(nothing), np.zeros((1, 0)))
+
+    def objective(lora):
+        losses, _ = fit.loss({"unet": None}, table, lora, fit.expand(rollouts, 0))
+        return losses.mean()
+
+    # The loss is a mean over the steps, of advantages in standard deviations.
+    by_scores = -4 * rewards.std() * jax.grad(objective)(lora)
+    assert abs(along_the_way) > 0.1
+    np.testing.assert_allclose(by_scores, along_the_way, rtol=0.03)
 
 
 def test_rwr_descends_the_weighted_diffusion_loss(setting):
