@@ -155,6 +155,7 @@ class Checkpoints:
         saved = metadata.get("fingerprint", {})
         for name, value in self._fingerprint.items():
             if saved.get(name) != value:
+                self.close()
                 raise UserError(
                     f"checkpoint {self._directory / str(self.latest_step)} has {name} "
                     f"{saved.get(name)}, this run {value}; give this run another --workdir"

@@ -35,7 +35,7 @@ pid=$(cat "$HOME/tmux.pid" 2>/dev/null)
 case $1 in
 has-session) [[ $pid ]] && kill -0 "$pid" 2>/dev/null ;;
 list-panes) [[ $pid ]] && kill -0 "$pid" 2>/dev/null && echo "$pid" ;;
-kill-session) kill -HUP -- "-$pid" ;;
+kill-session) kill -HUP -- "-$pid" && rm "$HOME/tmux.pid" ;;
 new-session)
     printf '%s\0' "$@" >>"$HOME/tmux.bin"
     shift 4
