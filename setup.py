@@ -42,6 +42,8 @@ setup(
         "gcs": ["gcsfs>=2025.1"],
         # Weights that are published as pickles alone are read by PyTorch's safe loader.
         "pickle": ["torch>=2.6,<3"],
+        # The TPU's compiler, which needs no TPU.
+        "plan": ["libtpu>=0.0.40"],
         # PyTorch and diffusers are what the tests compare with. ftfy is
         # for open_clip, which launch/environment.sh installs. Playwright drives the Chromium of the
         # system, which looks at the page of a sweep.
@@ -50,6 +52,7 @@ setup(
             "beartype>=0.23,<0.24",
             "diffusers>=0.42,<0.43",
             "ftfy>=6,<7",
+            "libtpu>=0.0.40",
             "peft>=0.21,<0.22",
             "playwright>=1.65,<2",
             "pytest>=9,<10",

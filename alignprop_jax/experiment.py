@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from alignprop_jax import sharding
 from alignprop_jax.algorithms.batches import PromptTable
 from alignprop_jax.algorithms.presets import WITHOUT_REWARD_GRADIENT
+from alignprop_jax.loading.shapes_only import compute
 from alignprop_jax.models.execution import Execution
 from alignprop_jax.pretrained import load_stable_diffusion
 from alignprop_jax.prompts import load_prompts, tokenize
@@ -137,7 +138,6 @@ def encode(
     ids = [tokenize(tokenizer, distinct) for tokenizer in tokenizers]
     text_params = {name: params[name] for name in TEXT_ENCODERS if name in params}
 
-    @jax.jit
     def encode_all(text_params, ids):
         def encode_one(ids):
             rows = [row[None] for row in ids]
@@ -145,7 +145,7 @@ def encode(
 
         return jax.lax.map(encode_one, ids, batch_size=min(_ENCODER_BATCH, len(distinct)))
 
-    encoded = encode_all(text_params, ids)
+    encoded = compute(encode_all, text_params, ids)
     if sd.zero_empty_prompts:
         said = np.array([bool(prompt) for prompt in distinct])
         encoded = jax.tree.map(

@@ -242,6 +242,8 @@ def abstract_component(module_class: type[nn.Module], folder: Path) -> ParamTree
 
 def abstract_params(module: nn.Module) -> ParamTree:
     """The parameters of a model of this package as `jax.ShapeDtypeStruct`s, allocating nothing."""
+    # The shapes are the same however it is computed; over devices, one image could not be.
+    module = module.clone(execution=_IN_FLOAT32)
     return jax.eval_shape(module.init, jax.random.key(0), *example_inputs(module))["params"]
 
 

@@ -9,6 +9,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from alignprop_jax.errors import UserError
+from alignprop_jax.loading import shapes_only
 from alignprop_jax.models.attention_functions import (
     Attend,
     attend,
@@ -74,11 +75,16 @@ def put(tree: Any, shardings: Any) -> Any:
     Args:
         tree: of arrays, typed keys too.
         shardings: one for all, or a tree of them.
+
+    Returns:
+        The same arrays, or where shapes stand for weights (see `loading.shapes_only`) shapes.
     """
-    if jax.process_count() == 1:
-        return jax.device_put(tree, shardings)
     if isinstance(shardings, NamedSharding):
         shardings = jax.tree.map(lambda _: shardings, tree)
+    if shapes_only.active():
+        return jax.tree.map(_placed_shape, tree, shardings)
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
 
     # device_put would compare the arrays of all hosts, and send every weight to each for that.
     def place(x, sharding):
@@ -89,6 +95,11 @@ def put(tree: Any, shardings: Any) -> Any:
         return jax.make_array_from_callback(local.shape, sharding, lambda index: local[index])
 
     return jax.tree.map(place, tree, shardings)
+
+
+def _placed_shape(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    x = x if hasattr(x, "dtype") else np.asarray(x)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
 def gather(tree: Any) -> Any:

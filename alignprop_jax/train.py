@@ -23,17 +23,17 @@ from alignprop_jax.config import define_config_flag, to_json, validate
 from alignprop_jax.dashboards import open_dashboards
 from alignprop_jax.errors import UserError, run_program
 from alignprop_jax.evaluation import Evaluator, make_evaluator, make_judges
-from alignprop_jax.experiment import TRAIN, UNSEEN, Experiment, load_experiment, make_keys
+from alignprop_jax.experiment import TRAIN, UNSEEN, Experiment, load_experiment
 from alignprop_jax.kohya import save_kohya_lora
-from alignprop_jax.lora import count_parameters, init_lora
+from alignprop_jax.lora import count_parameters
 from alignprop_jax.lora_file import continue_lora, save_lora
 from alignprop_jax.metrics import Record
 from alignprop_jax.progress import progress_bar
 from alignprop_jax.reports import Reports
 from alignprop_jax.standardization import standardize_parts
-from alignprop_jax.state import TrainState, create_train_state
+from alignprop_jax.state import TrainState
 from alignprop_jax.summary import describe_result, seconds_of_steps, summarize
-from alignprop_jax.train_steps import build_train_step, create_history, optimizer_of
+from alignprop_jax.train_steps import create_state, frozen_arguments, trace_train_step
 from alignprop_jax.workdir import Workdir
 
 # After so many steps in a row without a finite gradient, no later one will have it.
@@ -99,16 +99,6 @@ def train(config: ConfigDict, path: epath.PathLike) -> None:
         print(describe_result(workdir))
 
 
-def create_state(config: ConfigDict, experiment: Experiment) -> TrainState:
-    """Returns the state before the first step of a fresh LoRA, on every device."""
-    keys, settings = make_keys(config.train.seed), config.lora
-    lora = init_lora(keys.lora, experiment.params["unet"], settings.rank, settings.targets)
-    num_prompts = len(experiment.splits[TRAIN].prompts)
-    history = create_history(config, num_prompts)
-    state = create_train_state(lora, optimizer_of(config), keys.train, history)
-    return sharding.put(state, sharding.replicated(experiment.mesh))
-
-
 def start_from_file(config: ConfigDict, experiment: Experiment, state: TrainState) -> TrainState:
     """Returns the state before the first step, with the factors of `config.lora.init`.
 
@@ -167,16 +157,12 @@ def compile_train_step(
     config: ConfigDict, experiment: Experiment, state: TrainState
 ) -> tuple[TrainStep, float]:
     """Compiles one update; returns it with the seconds that took."""
-    train_step = build_train_step(config, experiment)
-    everywhere = sharding.replicated(experiment.mesh)
-    jitted = jax.jit(train_step, donate_argnums=3, out_shardings=everywhere)
-    frozen = (experiment.params, experiment.reward.params, experiment.splits[TRAIN].table)
     print("compiling the train step ...", end=" ", flush=True)
     began = time.perf_counter()
-    compiled = jitted.lower(*frozen, state).compile()
+    compiled = trace_train_step(config, experiment, state).lower().compile()
     seconds = time.perf_counter() - began
     print(f"{seconds:.0f} s", flush=True)
-    return functools.partial(compiled, *frozen), seconds
+    return functools.partial(compiled, *frozen_arguments(experiment)), seconds
 
 
 def run_steps(

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import optax
 from ml_collections import ConfigDict
 
@@ -16,9 +17,11 @@ from alignprop_jax.algorithms.presets import WITHOUT_REWARD_GRADIENT
 from alignprop_jax.algorithms.rollouts import Fit, make_rollout_step
 from alignprop_jax.algorithms.rwr import make_rwr_fit
 from alignprop_jax.config import gradient_path
-from alignprop_jax.experiment import Experiment
+from alignprop_jax.experiment import TRAIN, Experiment, make_keys
+from alignprop_jax.lora import init_lora
 from alignprop_jax.losses import make_loss
 from alignprop_jax.sampling import make_denoiser
+from alignprop_jax.state import TrainState, create_train_state
 
 
 def build_train_step(config: ConfigDict, experiment: Experiment) -> Callable[..., Any]:
@@ -61,6 +64,35 @@ def build_train_step(config: ConfigDict, experiment: Experiment) -> Callable[...
         functools.partial(path.draw, num_steps=config.sampler.num_steps),
         **common,
     )
+
+
+def create_state(config: ConfigDict, experiment: Experiment) -> TrainState:
+    """Returns the state before the first step of a fresh LoRA, on every device."""
+    keys, settings = make_keys(config.train.seed), config.lora
+    lora = init_lora(keys.lora, experiment.params["unet"], settings.rank, settings.targets)
+    num_prompts = len(experiment.splits[TRAIN].prompts)
+    history = create_history(config, num_prompts)
+    state = create_train_state(lora, optimizer_of(config), keys.train, history)
+    return sharding.put(state, sharding.replicated(experiment.mesh))
+
+
+def frozen_arguments(experiment: Experiment) -> tuple[Any, ...]:
+    """What the train step takes before the state, and leaves as it is."""
+    return experiment.params, experiment.reward.params, experiment.splits[TRAIN].table
+
+
+def trace_train_step(
+    config: ConfigDict, experiment: Experiment, state: TrainState
+) -> jax.stages.Traced:
+    """Traces the train step, as it lies on the devices; its memory for the state is used again.
+
+    Raises:
+        UserError: the images of an update do not divide among the devices.
+    """
+    everywhere = sharding.replicated(experiment.mesh)
+    step = build_train_step(config, experiment)
+    jitted = jax.jit(step, donate_argnums=3, out_shardings=everywhere)
+    return jitted.trace(*frozen_arguments(experiment), state)
 
 
 def _fit(config: ConfigDict, experiment: Experiment) -> Fit:

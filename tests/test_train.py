@@ -16,7 +16,8 @@ from alignprop_jax.config import load_config
 from alignprop_jax.errors import UserError
 from alignprop_jax.experiment import load_experiment
 from alignprop_jax.loading.tensor_files import read_metadata
-from alignprop_jax.train import create_state, is_due, train
+from alignprop_jax.train import is_due, train
+from alignprop_jax.train_steps import create_state
 from tests import nano_run
 
 METRICS = {

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from alignprop_jax.errors import UserError
+from alignprop_jax.loading import shapes_only
 from alignprop_jax.loading.torch_file import has_pytorch
 from alignprop_jax.loading.weights_files import PICKLES, SAFETENSORS, find_weights, weights_patterns
 
@@ -58,7 +59,8 @@ def download_model(name: HubName) -> Path:
     """Downloads (once) the configs, the tokenizers and the weights of a model.
 
     Of several kinds of weights the first that the model has is taken: safetensors before pickles,
-    those of no variant before those of the variant fp16, unless the name has a variant.
+    those of no variant before those of the variant fp16, unless the name has a variant. Where
+    shapes stand for weights, none is downloaded.
 
     Returns:
         The folder. It lacks weights where the model has none that can be read here.
@@ -66,6 +68,8 @@ def download_model(name: HubName) -> Path:
     Raises:
         UserError: the model cannot be had; the message says why and what to do.
     """
+    if shapes_only.active():
+        return shapes_only.published_folder(name.repo) or _download_files(name, _CONFIG_PATTERNS)
     variants = (name.variant,) if name.variant else (None, "fp16")
     kinds = (SAFETENSORS, PICKLES) if has_pytorch() else (SAFETENSORS,)
     for kind in kinds:
@@ -82,6 +86,8 @@ def download_model(name: HubName) -> Path:
 
 def download_tokenizer(name: HubName) -> Path:
     """Downloads (once) the tokenizers of a model; UserErrors as for `download_model`."""
+    if shapes_only.active() and (folder := shapes_only.published_folder(name.repo)):
+        return folder
     return _download_files(name, _TOKENIZER_PATTERNS)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from alignprop_jax.errors import UserError
+from alignprop_jax.loading import shapes_only
 from alignprop_jax.loading.open_clip_names import rename, rename_shapes
 from alignprop_jax.loading.tensor_files import read_shapes, read_tensors
 from alignprop_jax.loading.weights import ParamTree, fill_params
@@ -33,6 +34,8 @@ def load_open_clip(
         model = CLIPModel(_config(shapes, text_heads, vision_heads), Execution(jnp.dtype(dtype)))
     except KeyError as error:
         raise UserError(f"{path}: no CLIP in OpenCLIP's layout; it lacks {error}") from error
+    if shapes_only.active():
+        return model, shapes_only.shapes(abstract_params(model), dtype)
     return model, fill_params(abstract_params(model), rename(read_tensors(path)), path, dtype)
 
 

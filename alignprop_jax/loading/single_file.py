@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from alignprop_jax.errors import UserError
-from alignprop_jax.loading import hub, ldm_names, open_clip_names
+from alignprop_jax.loading import hub, ldm_names, open_clip_names, shapes_only
 from alignprop_jax.loading.shape_configs import Shapes, text_config, unet_config, vae_config
 from alignprop_jax.loading.sources import FolderSource, T, parse_config
 from alignprop_jax.loading.tensor_files import read_metadata, read_shapes, read_tensors
@@ -101,6 +101,8 @@ class SingleFileSource:
         )
 
     def params(self, component: str, abstract: ParamTree, dtype: Any) -> ParamTree:
+        if shapes_only.active():
+            return shapes_only.shapes(abstract, dtype)
         return fill_params(abstract, self.tensors(component), self._origin(component), dtype)
 
     def tokenizer(self, component: str = "tokenizer") -> "PreTrainedTokenizerBase":

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from alignprop_jax.errors import UserError
+from alignprop_jax.loading import shapes_only
 from alignprop_jax.loading.torch_file import EXTRA
 from alignprop_jax.loading.weights import ParamTree, load_params
 from alignprop_jax.loading.weights_files import find_weights
@@ -77,6 +78,8 @@ class FolderSource:
         return parse_config(config, parse, file)
 
     def params(self, component: str, abstract: ParamTree, dtype: Any) -> ParamTree:
+        if shapes_only.active():
+            return shapes_only.shapes(abstract, dtype)
         folder = self._folder / component
         file = find_weights(folder, self._variant)
         if file is None:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from alignprop_jax.loading.shapes_only import compute
 from alignprop_jax.loading.weights import ParamTree
 from alignprop_jax.models.clip import CLIPModel
 from alignprop_jax.pretrained import load_component, resolve_network
@@ -71,13 +72,14 @@ def clip_similarity(
     Args:
         tokenize_prompts: prompts to token ids [P, L].
     """
-    text_params = jax.tree.map(np.asarray, {key: params[key] for key in _TEXT_PARAMS})
+    text_params = jax.device_get({key: params[key] for key in _TEXT_PARAMS})
 
     def prepare(prompts: Sequence[str]) -> Float[np.ndarray, "p d"]:
-        embed = jax.jit(
-            lambda params, ids: model.apply({"params": params}, ids, method="get_text_features")
-        )
-        return np.asarray(_normalize(embed(text_params, tokenize_prompts(prompts))))
+        def embed(params, ids):
+            features = model.apply({"params": params}, ids, method="get_text_features")
+            return _normalize(features)
+
+        return np.asarray(compute(embed, text_params, tokenize_prompts(prompts)))
 
     def score(params, images, embedded_prompts):
         features = model.apply({"params": params}, preprocess(images), method="get_image_features")

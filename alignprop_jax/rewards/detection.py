@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from alignprop_jax.loading.shapes_only import compute
 from alignprop_jax.loading.weights import ParamTree
 from alignprop_jax.models.owlvit import OwlViT
 from alignprop_jax.pretrained import load_component, resolve_network
@@ -39,11 +40,12 @@ class Detector:
 
     def embed(self, names: Sequence[str]) -> Float[np.ndarray, "q e"]:
         """The queries that look for what `names` name."""
+
+        def embed(params, ids):
+            return self.model.apply({"params": params}, ids, method="embed_queries")
+
         ids = tokenize(self._tokenizer, list(names))
-        embed = jax.jit(
-            lambda params, ids: self.model.apply({"params": params}, ids, method="embed_queries")
-        )
-        return np.asarray(embed(self._text_params, ids))
+        return np.asarray(compute(embed, self._text_params, ids))
 
     def find(
         self, params: ParamTree, images: Float[Array, "b h w 3"], queries: Float[Array, "b q e"]
@@ -83,7 +85,7 @@ def load_detector(detector: str, dtype: jnp.dtype = jnp.float32) -> Detector:
     return Detector(
         model,
         {**params, model.config.model_type: image},
-        {model.config.model_type: jax.tree.map(np.asarray, text)},
+        {model.config.model_type: jax.device_get(text)},
         load_tokenizer(folder),
         preprocess,
     )

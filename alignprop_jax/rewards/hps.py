@@ -7,15 +7,19 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
+from alignprop_jax.loading import shapes_only
 from alignprop_jax.loading.hub import download_file
 from alignprop_jax.loading.open_clip import load_open_clip
-from alignprop_jax.pretrained import resolve_tokenizer
+from alignprop_jax.models.clip import CLIPModel
+from alignprop_jax.pretrained import load_component, resolve_model, resolve_tokenizer
 from alignprop_jax.prompts import load_tokenizer, tokenize
 from alignprop_jax.rewards.base import Reward
 from alignprop_jax.rewards.clip_similarity import clip_similarity
 from alignprop_jax.rewards.preprocess import OPENAI_MEAN, OPENAI_STD, CLIPPreprocessor
 from alignprop_jax.rewards.registry import register
 
+# The network whose checkpoints HPS v2.0 and v2.1 are.
+_PUBLISHED = "xswu/HPSv2"
 # Of ViT-H/14, in both towers.
 _NUM_HEADS = 16
 
@@ -38,8 +42,11 @@ def make_hps_reward(
         UserError: a file is missing or damaged.
     """
     prompt_tokenizer = load_tokenizer(resolve_tokenizer(tokenizer))
-    path = checkpoint if Path(checkpoint).exists() else download_file(checkpoint)
-    model, params = load_open_clip(path, _NUM_HEADS, _NUM_HEADS, dtype)
+    if shapes_only.active() and not Path(checkpoint).exists():
+        model, params = load_component(CLIPModel, resolve_model(_PUBLISHED), dtype)
+    else:
+        path = checkpoint if Path(checkpoint).exists() else download_file(checkpoint)
+        model, params = load_open_clip(path, _NUM_HEADS, _NUM_HEADS, dtype)
     return clip_similarity(
         "hps",
         model,

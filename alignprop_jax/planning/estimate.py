@@ -1,0 +1,148 @@
+"""One train step, compiled for a TPU slice, and what it costs there."""
+
+import dataclasses
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from alignprop_jax import sharding
+from alignprop_jax.algorithms.presets import WITHOUT_REWARD_GRADIENT
+from alignprop_jax.config import gradient_path
+from alignprop_jax.experiment import load_experiment
+from alignprop_jax.loading.shapes_only import shapes_only
+from alignprop_jax.planning.arithmetic import Arithmetic, count
+from alignprop_jax.planning.hlo_cycles import ProgramCost, program_cost
+from alignprop_jax.planning.topology import Topology
+from alignprop_jax.train_steps import create_state, frozen_arguments, trace_train_step
+
+# Draws of the trained steps whose mean is what a step costs.
+_NUM_DRAWS = 1000
+_EXHAUSTED = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm")
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """What the compiler says of a train step.
+
+    Attributes:
+        topology: where it is to run.
+        images_per_chip: that are in memory at a time.
+        images_per_step: of all chips.
+        memory: bytes of a chip, by what they hold.
+        fits: whether a chip has as many.
+        arithmetic: of a chip, of the mean step.
+        cost: of a chip, of the mean step; None where it does not fit, and is not compiled to the
+            end.
+        compile_seconds: on this machine.
+    """
+
+    topology: Topology
+    images_per_chip: int
+    images_per_step: int
+    memory: dict[str, int]
+    fits: bool
+    arithmetic: Arithmetic
+    cost: ProgramCost | None
+    compile_seconds: float
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Of a mean step, by what takes them; none overlaps with another."""
+        if self.cost is None:
+            return {}
+        chip, arithmetic = self.topology.chip, self.arithmetic
+        return {
+            "compiler_estimate": self.cost.cycles.total() / chip.clock,
+            "kernels_by_roofline": max(
+                arithmetic.kernel_flops / chip.peak_flops,
+                arithmetic.kernel_bytes / chip.hbm_bandwidth,
+            ),
+            "collectives": self.cost.collective_bytes.total() / chip.ici_bandwidth,
+        }
+
+    @property
+    def share_of_peak(self) -> float:
+        """Of the chip's floating-point operations a second in bfloat16."""
+        return self.arithmetic.flops / (sum(self.seconds.values()) * self.topology.chip.peak_flops)
+
+
+def estimate(config: ConfigDict, topology: Topology) -> Estimate:
+    """Compiles the train step of a validated config, whose weights are not read.
+
+    Raises:
+        UserError: the config's models or files cannot be found, it does not divide among the chips,
+            or the TPU's compiler is not installed.
+    """
+    mesh = sharding.make_mesh(config.mesh.fsdp, topology.devices())
+    with shapes_only():
+        experiment = load_experiment(config, mesh)
+        state = create_state(config, experiment)
+        traced = trace_train_step(config, experiment, state)
+        unet, reward, prompts = frozen_arguments(experiment)
+    share_of = make_share(config)
+    began = time.perf_counter()
+    memory = {
+        "unet": bytes_a_device(unet["unet"]),
+        "vae": bytes_a_device(unet["vae"]),
+        "reward": bytes_a_device(reward),
+        "prompts": bytes_a_device(prompts),
+        "lora_and_optimizer": bytes_a_device(state),
+    }
+    cost = None
+    try:
+        compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        used = _EXHAUSTED.search(str(error))
+        if used is None:
+            raise
+        number, unit, _, _ = used.groups()
+        memory["temporaries"] = int(float(number) * _UNITS[unit]) - sum(memory.values())
+    else:
+        analysis = compiled.memory_analysis()
+        memory["temporaries"] = analysis.temp_size_in_bytes
+        memory["program"] = analysis.generated_code_size_in_bytes
+        cost = program_cost(compiled.as_text(), share_of)
+    settings = config.train
+    return Estimate(
+        topology,
+        (settings.microbatch_size or settings.batch_size) // mesh.size,
+        settings.batch_size,
+        memory,
+        cost is not None,
+        count(traced.jaxpr, share_of, mesh.size),
+        cost,
+        time.perf_counter() - began,
+    )
+
+
+def bytes_a_device(tree: Any) -> int:
+    """Of arrays or shapes with shardings, what each device holds."""
+
+    def size(leaf) -> int:
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.eval_shape(jax.random.key_data, leaf).update(sharding=leaf.sharding)
+        return int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
+
+    return sum(map(size, jax.tree.leaves(tree)))
+
+
+def make_share(config: ConfigDict) -> Callable[[str], float]:
+    """Returns from a conditional's name to how often the costlier branch is run, in the mean.
+
+    The conditionals are the gates of denoising steps: in the backward pass, whether a step is
+    trained; in the forward pass, whether it is run at all.
+    """
+    if config.algorithm in WITHOUT_REWARD_GRADIENT:
+        return lambda name: 1.0
+    path, num_steps = gradient_path(config), config.sampler.num_steps
+    keys = jax.random.split(jax.random.key(0), _NUM_DRAWS)
+    draw = jax.jit(jax.vmap(lambda key: path.draw(key, num_steps)))(keys)
+    trained = float(draw.trained.sum(1).mean() + path.renoise) / (num_steps + path.renoise)
+    run = 1.0 if draw.stop is None else float((draw.stop + 1).mean()) / num_steps
+    return lambda name: trained if "transpose" in name else run

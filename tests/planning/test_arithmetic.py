@@ -1,0 +1,76 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from alignprop_jax.models.attention_functions import attend_by_kernel
+from alignprop_jax.models.unet import UNet, UNetConfig
+from alignprop_jax.planning.arithmetic import count
+from alignprop_jax.pretrained import abstract_params
+from alignprop_jax.sampling import gate_gradient
+
+SMALL = UNetConfig(
+    channels=(32, 64),
+    layers_per_block=(1, 1),
+    transformer_layers=(1, 1),
+    num_heads=(2, 2),
+    down_attention=(True, True),
+    up_attention=(True, True),
+    context_dim=16,
+    norm_num_groups=8,
+)
+
+
+def always(place):
+    return 1.0
+
+
+def test_a_network_and_its_gradient_count_as_the_compiler_counts_them():
+    unet = UNet(SMALL)
+    params = abstract_params(unet)
+    x, context = jnp.zeros((2, 16, 16, 4)), jnp.zeros((2, 5, 16))
+
+    def loss(params, x):
+        return unet.apply({"params": params}, x, jnp.int32(3), context).sum()
+
+    for function in (loss, jax.grad(loss, argnums=(0, 1))):
+        traced = jax.jit(function).trace(params, x)
+        counted = traced.lower().compile().cost_analysis()["flops"]
+        # The compiler counts sums and products of single numbers, too, and leaves out those of
+        # padding, which are few where a picture is 16 pixels wide but not where it is 8.
+        assert count(traced.jaxpr, always).flops == pytest.approx(counted, rel=0.12)
+
+
+def test_loops_count_their_turns_and_gates_their_share():
+    weights, x = jnp.ones((64, 64)), jnp.ones((8, 64))
+    gated = gate_gradient(lambda lora, x, constants: jnp.tanh(x @ constants) * lora, True)
+
+    def chain(lora, x):
+        step = lambda x, gate: (gated(gate, lora, x, weights), None)
+        return jax.lax.scan(step, x, jnp.ones(7, bool))[0].sum()
+
+    product = 2 * 8 * 64 * 64
+    jaxpr = jax.make_jaxpr(jax.grad(chain))(1.0, x)
+    places = []
+
+    def share(place):
+        places.append(place)
+        return 0.25
+
+    # Forward; and where the gate is open forward again, and the gradient by x.
+    assert count(jaxpr, share).flops == 7 * (1 + 0.25 * 2) * product
+    assert places and all("transpose" in place for place in places)
+
+
+def test_kernels_are_counted_by_what_they_are_called_for():
+    query = jax.ShapeDtypeStruct((2, 1024, 4, 40), jnp.bfloat16)
+    counted = count(jax.make_jaxpr(attend_by_kernel)(query, query, query), always)
+    # Two products of 1024 x 1024 by 128, to which heads are padded.
+    assert counted.kernel_flops == counted.flops == 2 * 2 * 2 * 4 * 1024**2 * 128
+    assert counted.kernel_bytes >= 4 * 2 * 4 * 1024 * 128 * 2
+
+
+def test_what_the_compiler_divides_is_divided_evenly():
+    product = functools.partial(jax.make_jaxpr(jnp.matmul), jnp.ones((8, 4)), jnp.ones((4, 2)))
+    assert count(product(), always, devices=4).flops == 2 * 8 * 4 * 2 / 4
