@@ -61,9 +61,10 @@ def advice(config: ConfigDict, result: Estimate, suggested: Estimate | None) -> 
     if suggested is not None and suggested.images_per_chip != result.images_per_chip:
         size = suggested.images_per_chip * chips
         seconds = sum(suggested.seconds.values())
+        memory = sum(suggested.memory.values()) / GIB
         return [
-            f"largest that fits: --config.train.microbatch_size={size}, {suggested.images_per_chip} "
-            f"images of a chip at a time, {sum(suggested.memory.values()) / GIB:.2f} GiB, "
+            f"largest that fits: --config.train.microbatch_size={size}, "
+            f"{suggested.images_per_chip} images of a chip at a time, {memory:.2f} GiB, "
             f"{seconds:.3g} seconds a step"
         ]
     if result.fits:

@@ -47,7 +47,9 @@ def test_loops_count_their_turns_and_gates_their_share():
     gated = gate_gradient(lambda lora, x, constants: jnp.tanh(x @ constants) * lora, True)
 
     def chain(lora, x):
-        step = lambda x, gate: (gated(gate, lora, x, weights), None)
+        def step(x, gate):
+            return gated(gate, lora, x, weights), None
+
         return jax.lax.scan(step, x, jnp.ones(7, bool))[0].sum()
 
     product = 2 * 8 * 64 * 64

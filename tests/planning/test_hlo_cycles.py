@@ -3,6 +3,7 @@ import pytest
 from alignprop_jax.planning.hlo_cycles import num_bytes, program_cost
 
 # As the compiler writes programs, with what costs nothing left out.
+# ruff: noqa: E501
 PROGRAM = """HloModule jit_step
 
 %fused_computation (param_0: f32[8]) -> f32[8] {
