@@ -17,6 +17,8 @@ from alignprop_jax.models.attention_functions import (
     attend_in_blocks,
 )
 
+# Generations whose chips' own memory is too small for the attention kernel.
+_OF_SMALL_VMEM = ("TPU v2", "TPU v3", "TPU v4")
 DATA_AXES = ("data", "fsdp")
 ATTENTION = {"plain": attend, "blocks": attend_in_blocks, "kernel": attend_by_kernel}
 
@@ -152,15 +154,19 @@ def choose_attention(name: str, mesh: Mesh) -> Attend:
     """How the networks attend, by a name of `ATTENTION` or "auto", the best for the devices.
 
     Raises:
-        UserError: the kernel is asked for where there is no TPU.
+        UserError: the kernel is asked for where it cannot run.
     """
-    on_tpu = mesh.devices.flat[0].platform == "tpu"
+    device = mesh.devices.flat[0]
+    has_room = device.platform == "tpu" and device.device_kind not in _OF_SMALL_VMEM
     if name == "auto":
-        name = "kernel" if on_tpu else "blocks"
+        name = "kernel" if has_room else "blocks"
     if name != "kernel":
         return ATTENTION[name]
-    if not on_tpu:
-        raise UserError("config.attention=kernel is for TPUs; take blocks, or auto, here")
+    if not has_room:
+        raise UserError(
+            f"config.attention=kernel is for TPUs from v5 on, not for {device.device_kind}; take "
+            "blocks, or auto, here"
+        )
     return on_each_device(attend_by_kernel, mesh)
 
 

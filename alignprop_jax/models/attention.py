@@ -9,7 +9,7 @@ from alignprop_jax.models.layers import (
     Linear,
     conv,
     dot_product_attention,
-    exact_gelu,
+    gelu,
     group_norm,
     layer_norm,
 )
@@ -45,7 +45,7 @@ class GEGLU(NetworkModule):
     def __call__(self, x: Float[Array, "b l c"]) -> Float[Array, "b l f"]:
         projected = Linear(2 * self.features, dtype=self.dtype, name="proj")(x)
         value, gate = jnp.split(projected, 2, axis=-1)
-        return value * exact_gelu(gate)
+        return value * gelu(gate)
 
 
 class FeedForward(NetworkModule):

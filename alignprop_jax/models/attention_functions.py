@@ -14,10 +14,8 @@ Attend = Callable[[Array, Array, Array], Array]
 
 # Attention weights of all queries at once are stored up to here; of more, block by block.
 _MOST_QUERIES_AT_ONCE, _QUERIES_A_BLOCK = 2048, 512
-# The kernel works on tiles of so many tokens, and on heads of a multiple of so many channels.
-_TILES, _LANES = (512, 256, 128), 128
 # Below, the weights are small and XLA's own fusions are as good.
-_FEWEST_TOKENS_FOR_THE_KERNEL = 1024
+_FEWEST_QUERIES_FOR_THE_KERNEL = 1024
 
 
 def attend(
@@ -63,32 +61,21 @@ def attend_in_blocks(
 def attend_by_kernel(
     query: Float[Array, "b q h d"], key: Float[Array, "b k h d"], value: Float[Array, "b k h d"]
 ) -> Float[Array, "b q h d"]:
-    """JAX's flash attention for TPUs (Dao et al., arXiv 2205.14135), which stores no weights.
+    """By a kernel for TPUs, which stores no weights, see `flash_attention`.
 
-    What does not fill its tiles, such as attention to a prompt, goes by blocks.
+    What a chip's own memory has no room for goes by blocks, as do few queries.
     """
-    tokens = query.shape[1], key.shape[1]
-    tile = next((tile for tile in _TILES if not any(n % tile for n in tokens)), None)
-    if tile is None or min(tokens) < _FEWEST_TOKENS_FOR_THE_KERNEL:
-        return attend_in_blocks(query, key, value)
     # Only TPUs need it, and its import takes long.
-    from jax.experimental.pallas.ops.tpu import flash_attention as flash
+    from alignprop_jax.models import flash_attention as flash
 
-    width = query.shape[-1]
+    num_queries, heads, width = query.shape[1:]
+    sizes = (num_queries, key.shape[1], heads * width, query.dtype.itemsize)
+    few = num_queries < _FEWEST_QUERIES_FOR_THE_KERNEL
+    if few or not flash.fits(*sizes, flash.VMEM_BYTES):
+        return attend_in_blocks(query, key, value)
 
-    def by_head(x):
-        padding = -width % _LANES
-        return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, padding))).swapaxes(1, 2)
+    def side_by_side(x):
+        return x.reshape(*x.shape[:2], heads * width)
 
-    forward = dict.fromkeys(("block_q", "block_k_major", "block_k"), tile)
-    of_keys = ("block_q_major_dkv", "block_k_major_dkv", "block_k_dkv", "block_q_dkv")
-    of_queries = ("block_k_major_dq", "block_k_dq", "block_q_dq")
-    backward = dict.fromkeys((*of_keys, *of_queries), tile)
-    out = flash.flash_attention(
-        by_head(query),
-        by_head(key),
-        by_head(value),
-        sm_scale=width**-0.5,
-        block_sizes=flash.BlockSizes(block_b=1, **forward, **backward),
-    )
-    return out.swapaxes(1, 2)[..., :width]
+    out = flash.flash_attention(*map(side_by_side, (query, key, value)), heads)
+    return out.reshape(query.shape)

@@ -4,9 +4,13 @@ import dataclasses
 from collections.abc import Callable
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from alignprop_jax.models.attention_functions import Attend, attend_in_blocks
+
+SAVED_NAME = "saved"
+"""What `jax.ad_checkpoint.checkpoint_name` calls the values that blocks keep under `remat`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +22,7 @@ class Execution:
             are in float32 whatever it is.
         attend: the attention of all heads, such as one of `attention_functions`.
         remat: the backward pass evaluates every block of the network again, so that only what goes
-            from block to block is stored.
+            from block to block is stored, and values of the name `SAVED_NAME`.
     """
 
     dtype: jnp.dtype = jnp.dtype("float32")
@@ -36,4 +40,6 @@ class NetworkModule(nn.Module):
 
     def block(self, module: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
         """The class of a block of the network, as it is to be computed."""
-        return nn.remat(module) if self.execution.remat else module
+        if not self.execution.remat:
+            return module
+        return nn.remat(module, policy=jax.checkpoint_policies.save_only_these_names(SAVED_NAME))

@@ -24,7 +24,7 @@ from alignprop_jax.models.clip import (
 )
 from alignprop_jax.models.config_json import refuse_unsupported
 from alignprop_jax.models.execution import Execution, NetworkModule
-from alignprop_jax.models.layers import Linear, exact_gelu, layer_norm
+from alignprop_jax.models.layers import Linear, gelu, layer_norm
 
 # What config.json may leave out and what a CLIP would have otherwise.
 _MAX_LENGTH = 16
@@ -144,8 +144,8 @@ class BoxHead(NetworkModule):
     @nn.compact
     def __call__(self, features: Float[Array, "b p d"]) -> Float[Array, "b p o"]:
         width = features.shape[-1]
-        x = exact_gelu(Linear(width, dtype=self.dtype, name="dense0")(features))
-        x = exact_gelu(Linear(width, dtype=self.dtype, name="dense1")(x))
+        x = gelu(Linear(width, dtype=self.dtype, name="dense0")(features))
+        x = gelu(Linear(width, dtype=self.dtype, name="dense1")(x))
         return Linear(self.out_features, dtype=self.dtype, name="dense2")(x).astype(jnp.float32)
 
 

@@ -115,7 +115,7 @@ def estimate(config: ConfigDict, topology: Topology) -> Estimate:
         settings.batch_size,
         memory,
         cost is not None,
-        count(traced.jaxpr, share_of, mesh.size),
+        count(traced.jaxpr, share_of, mesh.size, topology.chip.matrix_unit),
         cost,
         time.perf_counter() - began,
     )

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from alignprop_jax.models.attention_functions import attend_by_kernel
+from alignprop_jax.models.execution import SAVED_NAME
 from alignprop_jax.models.unet import UNet, UNetConfig
 from alignprop_jax.planning.arithmetic import count
 from alignprop_jax.pretrained import abstract_params
@@ -65,12 +66,30 @@ def test_loops_count_their_turns_and_gates_their_share():
     assert places and all("transpose" in place for place in places)
 
 
-def test_kernels_are_counted_by_what_they_are_called_for():
+def test_kernels_are_counted_by_what_they_do_and_by_what_matrix_units_take():
     query = jax.ShapeDtypeStruct((2, 1024, 4, 40), jnp.bfloat16)
-    counted = count(jax.make_jaxpr(attend_by_kernel)(query, query, query), always)
-    # Two products of 1024 x 1024 by 128, to which heads are padded.
-    assert counted.kernel_flops == counted.flops == 2 * 2 * 2 * 4 * 1024**2 * 128
-    assert counted.kernel_bytes >= 4 * 2 * 4 * 1024 * 128 * 2
+
+    def loss(query):
+        return attend_by_kernel(query, query, query).astype(jnp.float32).sum()
+
+    product = 2 * 2 * 4 * 1024**2
+    forward = count(jax.make_jaxpr(loss)(query), always)
+    assert forward.flops == 2 * product * 40
+    assert forward.kernel_flops == 2 * product * 128
+    assert forward.kernel_bytes == (4 * 160 * 2 + 4 * 4) * 2 * 1024
+    both = count(jax.make_jaxpr(jax.grad(loss))(query), always, matrix_unit=256)
+    assert both.flops == (2 + 5) * product * 40
+    assert both.kernel_flops == (2 + 5) * product * 256
+
+
+def test_what_nothing_depends_on_is_not_counted():
+    """A block that is evaluated again has kept what attention gave."""
+    query = jax.ShapeDtypeStruct((1, 1024, 1, 128), jnp.bfloat16)
+    policy = jax.checkpoint_policies.save_only_these_names(SAVED_NAME)
+    block = jax.checkpoint(lambda x: attend_by_kernel(x, x, x), policy=policy)
+    gradient = jax.grad(lambda x: block(jnp.sin(x)).astype(jnp.float32).sum())
+    counted = count(jax.make_jaxpr(gradient)(query), always)
+    assert counted.flops == (2 + 5) * 2 * 1024**2 * 128
 
 
 def test_what_the_compiler_divides_is_divided_evenly():
