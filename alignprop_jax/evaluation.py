@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from alignprop_jax import sharding
 from alignprop_jax.bootstrap import confidence_interval
 from alignprop_jax.distributed import is_main
+from alignprop_jax.diversity import mean_distances
 from alignprop_jax.experiment import Experiment, Split, make_keys
 from alignprop_jax.file_size import jpeg_kilobytes
 from alignprop_jax.images import to_uint8
@@ -72,7 +73,9 @@ class Evaluator:
         Args:
             lora: with its scale folded in; None is the base model.
             split: the prompts.
-            scorers: what judges the samples, by name, besides the reward.
+            scorers: what judges the samples, by name, besides the reward. Where one gives
+                embeddings, [b, d], the score of a sample is its mean distance to the others of its
+                prompt, see `diversity`.
             description: of the progress bar.
             lora_timesteps: the highest and the lowest timestep at which the LoRA is on, both
                 included; None for all.
@@ -102,9 +105,13 @@ class Evaluator:
                     scores[name].append(np.asarray(scorer(images[:size], texts)))
                 first_samples.append(to_uint8(images[: max(0, min(size, number - start))]))
                 progress.update(size)
+        joined = {name: np.concatenate(parts) for name, parts in scores.items()}
         return Evaluation(
             split.prompts,
-            {name: np.concatenate(parts) for name, parts in scores.items()},
+            {
+                name: mean_distances(values, prompts) if values.ndim == 2 else values
+                for name, values in joined.items()
+            },
             np.concatenate(first_samples),
         )
 

@@ -22,10 +22,11 @@ from jaxtyping import Array, Bool, Float
 from alignprop_jax.english import plural
 from alignprop_jax.errors import UserError
 from alignprop_jax.loading.weights import ParamTree, load_params, save_params
-from alignprop_jax.pretrained import resolve_model
+from alignprop_jax.models.clip import CLIPModel
+from alignprop_jax.pretrained import load_component, resolve_model
 from alignprop_jax.prompt_objects import PromptObject, prompt_objects
 from alignprop_jax.rewards.clip_similarity import make_clip_score_reward
-from alignprop_jax.rewards.preprocess import crop_middle, resize_shorter_edge
+from alignprop_jax.rewards.preprocess import CLIPPreprocessor, crop_middle, resize_shorter_edge
 
 # Images [B, H, W, 3] float32 in [0, 1] and their prompts in, scores [B] out.
 Scorer = Callable[[np.ndarray, Sequence[str]], np.ndarray]
@@ -142,7 +143,8 @@ def load_judges(folder: str | Path) -> dict[str, Scorer]:
         "glossy": 1 where the image is glossy 3D art, 0 where not;
         "counted": 1 where the image shows as many objects, one to four, as the prompt says;
         "found": of the animals that a prompt on several objects names, the share that is there;
-        "agreement": the cosine of image and prompt by a CLIP of another seed than any reward's.
+        "agreement": the cosine of image and prompt by a CLIP of another seed than any reward's;
+        and float32 [B, D] "diversity", that CLIP's embeddings of the images.
 
     Raises:
         UserError: a file is missing or damaged.
@@ -173,6 +175,7 @@ def load_judges(folder: str | Path) -> dict[str, Scorer]:
         "counted": counted,
         "found": found,
         "agreement": _agreement_scorer(Path(folder) / "clip"),
+        "diversity": _embedding_scorer(Path(folder) / "clip"),
     }
 
 
@@ -223,6 +226,17 @@ def _agreement_scorer(clip: Path) -> Scorer:
         return np.asarray(score(reward.params, images, inputs))
 
     return agreement
+
+
+def _embedding_scorer(clip: Path) -> Scorer:
+    preprocess = CLIPPreprocessor.from_folder(clip)
+    model, params = load_component(CLIPModel, clip)
+
+    @jax.jit
+    def embed(params, images):
+        return model.apply({"params": params}, preprocess(images), method="get_image_features")
+
+    return lambda images, prompts: np.asarray(embed(params, images))
 
 
 def _equal(seen: Sequence[str], wanted: Sequence[str | None]) -> Float[np.ndarray, " b"]:

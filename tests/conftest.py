@@ -17,7 +17,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # After the settings above, which jax reads when it is imported.
 import pytest  # noqa: E402
 
-from tests import nano_run  # noqa: E402
+from tests import chromium, nano_run  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -34,3 +34,9 @@ def finished_run(nano_config, tmp_path_factory):
     process = nano_run.run("train", nano_config, workdir)
     assert process.returncode == 0, process.stderr
     return workdir, process.stdout
+
+
+@pytest.fixture(scope="session")
+def browser():
+    with chromium.launch() as browser:
+        yield browser

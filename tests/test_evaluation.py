@@ -160,7 +160,7 @@ def test_summary_leaves_out_samples_that_a_judge_has_no_opinion_on():
 
 def test_some_rewards_have_judges_of_their_own(tmp_path):
     config = default_config()
-    everywhere = {"recognized", "glossy", "counted", "found", "agreement"}
+    everywhere = {"recognized", "glossy", "counted", "found", "agreement", "diversity"}
     assert make_judges(config).keys() == everywhere
     config.reward, config.remove.concept = "remove", "dog"
     assert make_judges(config).keys() == everywhere | {"concept_found", "rest_found"}

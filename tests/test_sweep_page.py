@@ -1,13 +1,12 @@
 """The page of a sweep in headless Chromium: the sliders move pictures, numbers and curves."""
 
 import itertools
-import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from alignprop_jax.sweep_page import lora_name, write_page
+from tests.chromium import open_page
 
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 RANGES = ((1000, 500), (1000, 0), (500, 0))
@@ -57,35 +56,10 @@ def page_file(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api")
-    names = ("chromium", "chromium-browser", "google-chrome")
-    installed = next(filter(None, map(shutil.which, names)), None)
-    with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium
-        if installed is None and not Path(chromium.executable_path).exists():
-            pytest.skip(
-                "the page is not tested, there is no Chromium: apt-get install chromium, or "
-                "python -m playwright install chromium"
-            )
-        browser = chromium.launch(executable_path=installed)
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
 def page(browser, page_file):
-    """The page on a desktop; what it complains of or fetches is collected."""
-    context = browser.new_context(viewport={"width": 1280, "height": 800})
-    page = context.new_page()
-    page.complaints = []
-    page.on("console", lambda message: page.complaints.append(message.text))
-    page.on("pageerror", lambda error: page.complaints.append(str(error)))
-    page.on("request", lambda request: page.complaints.append(request.url[:40]))
-    page.goto(page_file.as_uri())
-    yield page
-    context.close()
+    with open_page(browser, page_file) as page:
+        yield page
 
 
 def pixel(page, picture):

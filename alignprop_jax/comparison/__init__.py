@@ -1,0 +1,1 @@
+"""Methods side by side: the same rewards, budget and noise, over several seeds."""

@@ -1,0 +1,112 @@
+"""The runs of a comparison: what each is, and where it lies."""
+
+import dataclasses
+import itertools
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from alignprop_jax.comparison.methods import Method
+from alignprop_jax.errors import UserError
+from alignprop_jax.workdir import Workdir
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """What every run may use.
+
+    Attributes:
+        queries: images that the reward scores in training.
+        evaluations: how often a run is evaluated after its beginning.
+    """
+
+    queries: int
+    evaluations: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One method with one seed on one reward.
+
+    Attributes:
+        reward: the variant of the config file.
+        path: its workdir.
+        config: resolved and validated.
+        command: that trains it, or goes on with it.
+    """
+
+    reward: str
+    method: Method
+    seed: int
+    path: Path
+    config: ConfigDict
+    command: tuple[str, ...]
+
+    @property
+    def queries_per_step(self) -> int:
+        """Images that the reward scores in an update."""
+        return self.config.train.batch_size * (1 + self.config.gradient.renoise)
+
+    def is_finished(self) -> bool:
+        """Whether the run has come to its end, with as many steps as it is to have."""
+        if not (self.path / "summary.json").exists():
+            return False
+        return Workdir(self.path).load_summary()["steps"] == self.config.train.num_steps
+
+    def train(self) -> None:
+        """Runs or resumes it, in a process of its own: its memory is its own, too.
+
+        Raises:
+            UserError: it failed; what it printed is in train.log beside it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        log = self.path / "train.log"
+        with log.open("a") as output:
+            code = subprocess.run(self.command, stdout=output, stderr=output).returncode
+        if code or not self.is_finished():
+            last = log.read_text(errors="replace").strip().splitlines()[-1:]
+            raise UserError(f"the run in {self.path} stopped: {''.join(last)}; see {log}")
+
+
+def plan_runs(
+    workdir: Path,
+    config_file: str,
+    rewards: Sequence[str],
+    methods: Sequence[Method],
+    seeds: int,
+    budget: Budget,
+) -> list[Run]:
+    """The runs, all methods with the first seed before any with the second.
+
+    Args:
+        config_file: whose variants the rewards are.
+
+    Raises:
+        UserError: a method cannot have a reward, or the budget is below one update.
+    """
+    runs = []
+    for seed, reward, method in itertools.product(range(seeds), rewards, methods):
+        spec = f"{config_file}:{reward}"
+        settings = {"train.seed": seed, "logging.tensorboard": False, "logging.image_every": 0}
+        config = method.config(spec, settings)
+        queries = config.train.batch_size * (1 + config.gradient.renoise)
+        num_steps = budget.queries // queries
+        if not num_steps:
+            raise UserError(
+                f"--queries={budget.queries} is less than one update of {method.name!r}, {queries}"
+            )
+        every = max(1, num_steps // budget.evaluations)
+        settings |= {
+            "train.num_steps": num_steps,
+            "evaluation.every": every,
+            "checkpoint.every": every,
+        }
+        path = workdir / "runs" / reward / method.folder / f"seed_{seed}"
+        overrides = [("algorithm", method.algorithm), *settings.items(), *method.settings]
+        command = (sys.executable, "-m", "alignprop_jax.train", f"--config={spec}")
+        command += (f"--workdir={path}", *(f"--config.{key}={value}" for key, value in overrides))
+        runs.append(Run(reward, method, seed, path, method.config(spec, settings), command))
+    return runs
