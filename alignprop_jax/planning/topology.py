@@ -14,6 +14,14 @@ from alignprop_jax.planning.chips import CHIPS, Chip
 
 # Other names of the generations, as in the names of accelerator types.
 _ALIASES = {"v5litepod": "v5e", "v5lite": "v5e"}
+# Otherwise the compiler asks the cloud's metadata server what machine this is, which only a machine
+# of the cloud has, complains, and takes the chips of this machine, if it has any, for itself.
+_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
 # Shapes of the slices of two-dimensional generations, by their number of chips.
 _SHAPES_2D = {1: (1, 1), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16)}
 _SHAPES_2D[256] = (16, 16)
@@ -78,10 +86,8 @@ class Topology:
             raise UserError(
                 "the TPU's compiler is not installed; it needs no TPU: pip install libtpu"
             )
-        # Otherwise it asks the cloud's metadata server, which only a machine of the cloud has, and
-        # takes the chips of this machine, if it has any, for itself.
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+        for name, value in _ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
         host = tuple(map(min, self.shape, self.chip.one_host))
         options = {"chips_per_host_bounds": (*host, *(1,) * (3 - len(host)))}
         if self.chip.cores_in_name > 1:
