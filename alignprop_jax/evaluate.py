@@ -21,6 +21,7 @@ from alignprop_jax import distributed
 from alignprop_jax.buckets import in_bucket
 from alignprop_jax.compilation import enable_compilation_cache
 from alignprop_jax.config import define_config_flag, validate
+from alignprop_jax.cpu_devices import use_cores
 from alignprop_jax.errors import UserError, run_program
 from alignprop_jax.evaluation import (
     confidence_intervals,
@@ -110,12 +111,14 @@ def describe(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def main(argv: list[str]) -> None:
+    del argv
+    use_cores(_CONFIG.value)
+    print(describe(evaluate(_CONFIG.value, _WORKDIR.value, _read_lora())))
+
+
 if __name__ == "__main__":
     _CONFIG = define_config_flag()
     _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=True)
     _read_lora = define_lora_flags()
-    run_program(
-        distributed.on_every_host(
-            lambda argv: print(describe(evaluate(_CONFIG.value, _WORKDIR.value, _read_lora())))
-        )
-    )
+    run_program(distributed.on_every_host(main))

@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from alignprop_jax import distributed
 from alignprop_jax.compilation import enable_compilation_cache
 from alignprop_jax.config import define_config_flag, validate
+from alignprop_jax.cpu_devices import use_cores
 from alignprop_jax.errors import run_program
 from alignprop_jax.evaluation import make_evaluator, make_judges, summarize
 from alignprop_jax.experiment import UNSEEN, load_experiment
@@ -122,6 +123,7 @@ def default_ranges(num_timesteps: int) -> list[tuple[int, int]]:
 
 def main(argv: list[str]) -> None:
     del argv
+    use_cores(_CONFIG.value)
     records = sweep(
         _CONFIG.value,
         _WORKDIR.value,

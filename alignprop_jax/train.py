@@ -20,6 +20,7 @@ from alignprop_jax import distributed, sharding
 from alignprop_jax.checkpoints import Checkpoints, make_fingerprint
 from alignprop_jax.compilation import enable_compilation_cache
 from alignprop_jax.config import define_config_flag, to_json, validate
+from alignprop_jax.cpu_devices import use_cores
 from alignprop_jax.dashboards import open_dashboards
 from alignprop_jax.errors import UserError, run_program
 from alignprop_jax.evaluation import Evaluator, make_evaluator, make_judges
@@ -264,7 +265,13 @@ def evaluate_after(step: int, state: TrainState, workdir: Workdir, reports: Repo
     reports.compare(step, reports.evaluate(step, state.lora, "after"))
 
 
+def main(argv: list[str]) -> None:
+    del argv
+    use_cores(_CONFIG.value)
+    train(_CONFIG.value, _WORKDIR.value)
+
+
 if __name__ == "__main__":
     _CONFIG = define_config_flag()
     _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=True)
-    run_program(distributed.on_every_host(lambda argv: train(_CONFIG.value, _WORKDIR.value)))
+    run_program(distributed.on_every_host(main))

@@ -1,0 +1,137 @@
+"""Times this package and TRL's AlignProp at the same work, in turn.
+
+    python -m alignprop_jax.benchmark --model=FOLDER --output=benchmark.json \\
+        --peer_python=.peer/bin/python
+
+FOLDER is a Stable Diffusion pipeline. The peer needs an environment of its own, with trl==0.23.0,
+diffusers==0.35.2 and PyTorch; without --peer_python this package is timed alone. Prints a table of
+medians, and writes every number to the output.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from alignprop_jax.benchmarking.work import Work
+from alignprop_jax.errors import UserError, run_program
+from alignprop_jax.metrics import write_json
+
+_PEER = Path(__file__).parent / "benchmarking" / "trl_peer.py"
+_OWN, _TRL = "alignprop_jax", "trl"
+
+
+def benchmark(works: Sequence[Work], rounds: int, peer_python: str = "") -> list[dict[str, Any]]:
+    """Times every case, the package and the peer in turn, each time in a new process.
+
+    Args:
+        works: the cases.
+        rounds: how often each is timed.
+        peer_python: an interpreter with TRL; empty to leave it out.
+
+    Returns:
+        For each case its name, images, and by contender the medians "seconds", "images_per_second",
+        "seconds_before" the first result and "peak_rss_gb", and the "all" seconds; where there is a
+        peer "speedup", the median of the ratios of the rounds.
+
+    Raises:
+        UserError: a process fails.
+    """
+    commands = {_OWN: [sys.executable, "-m", "alignprop_jax.benchmarking.own"]}
+    if peer_python:
+        commands[_TRL] = [peer_python, str(_PEER)]
+    results = []
+    for work in works:
+        timed: dict[str, list[dict[str, Any]]] = {name: [] for name in commands}
+        for _ in range(rounds):
+            for name, command in commands.items():
+                timed[name].append(_run([*command, *work.arguments()]))
+        results.append(summarize(work, timed))
+    return results
+
+
+def _run(command: Sequence[str]) -> dict[str, Any]:
+    # The peer's interpreter must not find this package's environment.
+    environment = {key: value for key, value in os.environ.items() if key != "VIRTUAL_ENV"}
+    process = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if process.returncode:
+        last = process.stderr.strip().splitlines()[-1:]
+        raise UserError(f"{' '.join(command[:3])} failed: {''.join(last)}")
+    return json.loads(process.stdout.strip().splitlines()[-1])
+
+
+def summarize(work: Work, timed: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """The record of a case."""
+    record: dict[str, Any] = {"case": work.name, "batch_size": work.batch_size}
+    medians = {}
+    for name, rounds in timed.items():
+        per_round = [float(np.median(result["seconds"])) for result in rounds]
+        medians[name] = np.array(per_round)
+        record[name] = {
+            "seconds": float(np.median(per_round)),
+            "images_per_second": work.batch_size / float(np.median(per_round)),
+            "seconds_before": float(np.median([r["seconds_before"] for r in rounds])),
+            "peak_rss_gb": float(np.median([r["peak_rss_gb"] for r in rounds])),
+            "all": [result["seconds"] for result in rounds],
+        }
+    if _TRL in medians:
+        record["speedup"] = float(np.median(medians[_TRL] / medians[_OWN]))
+    return record
+
+
+def describe(results: Sequence[dict[str, Any]]) -> str:
+    """The table, in Markdown."""
+    contenders = [name for name in (_OWN, _TRL) if name in results[0]]
+    titles = ["case"]
+    for name in contenders:
+        titles += [f"{name}: s", "images/s", "GB", "s before"]
+    titles += ["speedup"] if _TRL in contenders else []
+    rows = [titles, ["---"] * len(titles)]
+    for record in results:
+        row = [f"{record['case']}, batch {record['batch_size']}"]
+        for name in contenders:
+            timed = record[name]
+            row += [f"{timed[key]:.2f}" for key in ("seconds", "images_per_second", "peak_rss_gb")]
+            row.append(f"{timed['seconds_before']:.0f}")
+        row += [f"{record['speedup']:.2f}"] if _TRL in contenders else []
+        rows.append(row)
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    works = [
+        Work(
+            _MODEL.value,
+            None if case == "sample" else int(case),
+            _BATCH_SIZE.value,
+            _NUM_STEPS.value,
+            _GUIDANCE_SCALE.value,
+            _REPEATS.value,
+        )
+        for case in _CASES.value
+    ]
+    results = benchmark(works, _ROUNDS.value, _PEER_PYTHON.value)
+    write_json(Path(_OUTPUT.value), {"results": results})
+    print(describe(results))
+
+
+if __name__ == "__main__":
+    _MODEL = flags.DEFINE_string("model", None, "a pipeline folder", required=True)
+    _OUTPUT = flags.DEFINE_string("output", "benchmark.json", "file for every number")
+    _PEER_PYTHON = flags.DEFINE_string("peer_python", "", "an interpreter that has TRL 0.23")
+    _CASES = flags.DEFINE_list(
+        "cases", ["0", "10", "19", "sample"], "first steps with gradient of updates, or sample"
+    )
+    _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "images", lower_bound=1)
+    _NUM_STEPS = flags.DEFINE_integer("num_steps", 20, "denoising steps", lower_bound=1)
+    _GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", 5.0, "of classifier-free guidance", 1.0)
+    _REPEATS = flags.DEFINE_integer("repeats", 3, "times in each process", lower_bound=1)
+    _ROUNDS = flags.DEFINE_integer("rounds", 3, "processes of each, in turn", lower_bound=1)
+    run_program(main)

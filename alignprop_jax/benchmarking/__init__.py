@@ -1,0 +1,1 @@
+"""This package and its peer at the same work, each in processes of its own."""
