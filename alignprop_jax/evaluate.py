@@ -3,13 +3,16 @@
     python -m alignprop_jax.evaluate --config=configs/emoji.py:aesthetic --workdir=runs/aesthetic
 
 Without --lora it takes the one that training left in the workdir; --lora=none is the base model,
---lora A --lora B --mix 0.3 takes 0.3 A + 0.7 B, and --lora_timesteps=1000:600 has it on in the
-early steps alone. The samples have the prompts and the noise of the evaluations in training.
-DIR/evaluation.json gets the scores, DIR/images the pictures.
+--lora A --lora B takes one after the other, with --mix 0.3 it is 0.3 A + 0.7 B, and
+--lora_timesteps=1000:600 has it on in the early steps alone. --rewards=NAME,NAME scores by further
+rewards. The samples have the prompts and the noise of the evaluations in training; another
+--config.prompts or --config.train.seed has others. DIR/evaluation.json gets the scores, DIR/images
+the pictures.
 """
 
 import math
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +32,11 @@ from alignprop_jax.evaluation import (
     make_judges,
     summarize,
 )
-from alignprop_jax.experiment import load_experiment
+from alignprop_jax.experiment import load_experiment, load_reward
 from alignprop_jax.images import columns_for, make_grid
-from alignprop_jax.judges import Scorer
+from alignprop_jax.judges import Scorer, reward_scorer
 from alignprop_jax.metrics import write_json
-from alignprop_jax.mixing import BASE_MODEL, LoraMix, define_lora_flags
+from alignprop_jax.mixing import BASE_MODEL, LoraMix, define_flags_of_loras
 from alignprop_jax.standardization import standardize_parts
 from alignprop_jax.workdir import Workdir
 
@@ -41,16 +44,20 @@ from alignprop_jax.workdir import Workdir
 def evaluate(
     config: ConfigDict,
     path: epath.PathLike,
-    lora: LoraMix,
+    *loras: LoraMix,
+    rewards: Sequence[str] = (),
     scorers: dict[str, Scorer] | None = None,
 ) -> dict[str, Any]:
     """Evaluates every split by the reward and by `scorers`, the judges beside the model by default.
 
-    A `lora` without files is the one that training left in the workdir.
+    Args:
+      loras: each is evaluated; one without files is that which training left in the workdir.
+      rewards: names of further rewards to score by.
 
     Returns:
       What evaluation.json holds: which LoRA, and by split the number of samples n and of every
       score NAME_mean, NAME_std and NAME_ci95, the mean's 95% confidence interval by the bootstrap.
+      Of several LoRAs, a list of these as "loras".
 
     Raises:
       UserError: the config, a file it names, the LoRA or the folder cannot be used.
@@ -58,23 +65,29 @@ def evaluate(
     validate(config)
     enable_compilation_cache()
     workdir = Workdir(path)
-    if not lora.files:
-        lora = LoraMix((find_lora(workdir),))
+    loras = tuple(lora if lora.files else LoraMix((find_lora(workdir),)) for lora in loras)
     experiment = load_experiment(config)
-    factors = lora.load(experiment.params["unet"])
+    factors = [lora.load(experiment.params["unet"]) for lora in loras]
     evaluator = standardize_parts(make_evaluator(config, experiment), workdir)
     if scorers is None:
         scorers = make_judges(config)
-    results: dict[str, Any] = {"lora": str(lora)}
-    for name, split in experiment.splits.items():
-        evaluation = evaluator.evaluate(factors, split, scorers, f"{name} prompts", lora.timesteps)
-        columns = columns_for(len(split.prompts))
-        workdir.save_image(
-            f"{name}_evaluation", make_grid(evaluation.images, split.prompts, columns)
-        )
-        results[name] = summarize(evaluation) | confidence_intervals(evaluation)
-    write_json(workdir.path / "evaluation.json", results)
-    return results
+    prompts = [prompt for split in experiment.splits.values() for prompt in split.prompts]
+    scorers = scorers | {
+        f"reward/{name}": reward_scorer(load_reward(config, name), prompts) for name in rewards
+    }
+    results = []
+    for number, (lora, tree) in enumerate(zip(loras, factors, strict=True), start=1):
+        result: dict[str, Any] = {"lora": str(lora)}
+        for name, split in experiment.splits.items():
+            evaluation = evaluator.evaluate(tree, split, scorers, f"{name} prompts", lora.timesteps)
+            grid = make_grid(evaluation.images, split.prompts, columns_for(len(split.prompts)))
+            picture = f"{name}_evaluation" + (f"_{number}" if len(loras) > 1 else "")
+            workdir.save_image(picture, grid)
+            result[name] = summarize(evaluation) | confidence_intervals(evaluation)
+        results.append(result)
+    content = results[0] if len(results) == 1 else {"loras": results}
+    write_json(workdir.path / "evaluation.json", content)
+    return content
 
 
 def find_lora(workdir: Workdir) -> str:
@@ -91,7 +104,9 @@ def find_lora(workdir: Workdir) -> str:
 
 
 def describe(results: dict[str, Any]) -> str:
-    """Returns a table of every split's scores."""
+    """Returns a table of every split's scores, for each LoRA."""
+    if "loras" in results:
+        return "\n\n".join(map(describe, results["loras"]))
     lines = [f"LoRA {results['lora']}"]
     for split, summary in results.items():
         if not isinstance(summary, dict):
@@ -114,11 +129,13 @@ def describe(results: dict[str, Any]) -> str:
 def main(argv: list[str]) -> None:
     del argv
     use_cores(_CONFIG.value)
-    print(describe(evaluate(_CONFIG.value, _WORKDIR.value, _read_lora())))
+    results = evaluate(_CONFIG.value, _WORKDIR.value, *_read_loras(), rewards=_REWARDS.value)
+    print(describe(results))
 
 
 if __name__ == "__main__":
     _CONFIG = define_config_flag()
     _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=True)
-    _read_lora = define_lora_flags()
+    _read_loras = define_flags_of_loras()
+    _REWARDS = flags.DEFINE_list("rewards", [], "further rewards to score by, NAME,NAME,...")
     run_program(distributed.on_every_host(main))

@@ -17,7 +17,7 @@ from alignprop_jax.algorithms.batches import PromptTable
 from alignprop_jax.algorithms.presets import WITHOUT_REWARD_GRADIENT
 from alignprop_jax.loading.shapes_only import compute
 from alignprop_jax.models.execution import Execution
-from alignprop_jax.pretrained import load_stable_diffusion
+from alignprop_jax.pretrained import load_stable_diffusion, open_model
 from alignprop_jax.prompts import load_prompts, tokenize
 from alignprop_jax.rewards import Reward, check_reward, make_reward
 from alignprop_jax.sampling import make_sampler
@@ -116,6 +116,16 @@ def load_experiment(config: ConfigDict, mesh: Mesh | None = None) -> Experiment:
         sample=sample,
         splits=splits,
     )
+
+
+def load_reward(config: ConfigDict, name: str) -> Reward:
+    """Makes another reward than the config's, with the options that the config has for it.
+
+    Raises:
+        UserError: there is no such reward, or it cannot be made.
+    """
+    tokenizer = open_model(config.model).tokenizer("tokenizer")
+    return make_reward(name, tokenizer, _reward_options(config, jnp.dtype(config.dtype)))
 
 
 def _reward_options(config: ConfigDict, dtype: jnp.dtype) -> dict[str, dict[str, Any]]:

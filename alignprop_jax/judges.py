@@ -17,7 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, PyTree
 
 from alignprop_jax.english import plural
 from alignprop_jax.errors import UserError
@@ -25,6 +25,7 @@ from alignprop_jax.loading.weights import ParamTree, load_params, save_params
 from alignprop_jax.models.clip import CLIPModel
 from alignprop_jax.pretrained import load_component, resolve_model
 from alignprop_jax.prompt_objects import PromptObject, prompt_objects
+from alignprop_jax.rewards.base import Reward
 from alignprop_jax.rewards.clip_similarity import make_clip_score_reward
 from alignprop_jax.rewards.preprocess import CLIPPreprocessor, crop_middle, resize_shorter_edge
 
@@ -174,7 +175,7 @@ def load_judges(folder: str | Path) -> dict[str, Scorer]:
         "glossy": glossy,
         "counted": counted,
         "found": found,
-        "agreement": _agreement_scorer(Path(folder) / "clip"),
+        "agreement": reward_scorer(make_clip_score_reward(str(Path(folder) / "clip"))),
         "diversity": _embedding_scorer(Path(folder) / "clip"),
     }
 
@@ -213,19 +214,30 @@ def share_found(finder: Judge, wanted: Callable[[str], Sequence[str]]) -> Scorer
     return score
 
 
-def _agreement_scorer(clip: Path) -> Scorer:
-    reward = make_clip_score_reward(str(clip))
-    score = jax.jit(reward.score)
-    embedded: dict[str, np.ndarray] = {}
+def reward_scorer(reward: Reward, prompts: Sequence[str] = ()) -> Scorer:
+    """A reward as a scorer; what it makes of a prompt is kept.
 
-    def agreement(images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
-        new = sorted(set(prompts) - embedded.keys())
+    Args:
+        prompts: those that are known before, made ready together.
+    """
+    score = jax.jit(reward.score)
+    prepared: dict[str, PyTree] = {}
+
+    def prepare(prompts: Sequence[str]) -> None:
+        new = sorted(set(prompts) - prepared.keys())
         if new:
-            embedded.update(zip(new, reward.prepare(new), strict=True))
-        inputs = np.stack([embedded[prompt] for prompt in prompts])
+            inputs = reward.prepare(new)
+            for row, prompt in enumerate(new):
+                prepared[prompt] = jax.tree.map(lambda x, row=row: np.asarray(x)[row], inputs)
+
+    prepare(prompts)
+
+    def scorer(images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
+        prepare(prompts)
+        inputs = jax.tree.map(lambda *rows: np.stack(rows), *(prepared[p] for p in prompts))
         return np.asarray(score(reward.params, images, inputs))
 
-    return agreement
+    return scorer
 
 
 def _embedding_scorer(clip: Path) -> Scorer:

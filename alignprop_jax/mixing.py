@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from absl import flags
 
@@ -12,6 +12,8 @@ from alignprop_jax.lora import LoraTree, mix_loras
 from alignprop_jax.lora_file import load_lora
 
 BASE_MODEL = "none"
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +96,21 @@ def parse_timesteps(text: str) -> tuple[int, int]:
 
 def define_lora_flags() -> Callable[[], LoraMix]:
     """Defines --lora, --mix and --lora_timesteps; returns what reads them once they are parsed."""
+    return _define_flags(LoraMix)
+
+
+def define_flags_of_loras() -> Callable[[], list[LoraMix]]:
+    """The same flags, for a program that takes several LoRAs: those that no --mix mixes."""
+
+    def make(files, mix, timesteps):
+        if mix is None and len(files) > 1:
+            return [LoraMix((file,), None, timesteps) for file in files]
+        return [LoraMix(files, mix, timesteps)]
+
+    return _define_flags(make)
+
+
+def _define_flags(make: Callable[..., T]) -> Callable[[], T]:
     files = flags.DEFINE_multi_string(
         "lora",
         [],
@@ -107,8 +124,8 @@ def define_lora_flags() -> Callable[[], LoraMix]:
         "lora_timesteps", None, "HIGH:LOW, timesteps at which the LoRA is on, both ends included"
     )
 
-    def read() -> LoraMix:
+    def read() -> T:
         between = None if timesteps.value is None else parse_timesteps(timesteps.value)
-        return LoraMix(tuple(files.value), mix.value, between)
+        return make(tuple(files.value), mix.value, between)
 
     return read

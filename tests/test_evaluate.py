@@ -24,7 +24,7 @@ def workdir(finished_run, tmp_path):
 def test_the_exported_lora_scores_what_training_reported(config, workdir):
     summary = json.loads((workdir / "summary.json").read_text())
     brightness = {"brightness": lambda images, prompts: images.mean(axis=(1, 2, 3))}
-    results = evaluate(config, workdir, NO_LORA, brightness)
+    results = evaluate(config, workdir, NO_LORA, scorers=brightness)
     assert results["train"]["n"] == 6 and results["unseen"]["n"] == 2
     np.testing.assert_allclose(results["train"]["reward_mean"], summary["reward_after"], rtol=1e-5)
     np.testing.assert_allclose(results["unseen"]["reward_mean"], summary["unseen_after"], rtol=1e-5)
@@ -45,7 +45,7 @@ def test_the_exported_lora_scores_what_training_reported(config, workdir):
 
 def test_the_base_model_scores_what_training_began_with(config, workdir):
     summary = json.loads((workdir / "summary.json").read_text())
-    results = evaluate(config, workdir, LoraMix((BASE_MODEL,)), {})
+    results = evaluate(config, workdir, LoraMix((BASE_MODEL,)), scorers={})
     np.testing.assert_allclose(results["train"]["reward_mean"], summary["reward_before"], atol=1e-5)
 
 
@@ -65,4 +65,21 @@ def test_two_loras_in_the_program(nano_config, workdir):
 
 def test_a_workdir_without_a_lora(config, tmp_path):
     with pytest.raises(UserError, match="no LoRA in .*; train first, or give --lora=FILE"):
-        evaluate(config, tmp_path / "new", NO_LORA, {})
+        evaluate(config, tmp_path / "new", NO_LORA, scorers={})
+
+
+def test_several_loras_and_rewards_at_once(nano_config, workdir):
+    """In a program: the trained one, the base model, by a reward of a file and by one of a name."""
+    summary = json.loads((workdir / "summary.json").read_text())
+    further = f"{nano_config.parent}/rewards.py:redness"
+    flags = [f"--lora={workdir / 'lora'}", "--lora=none", f"--rewards={further},jpeg_compress"]
+    process = nano_run.run("evaluate", nano_config, workdir, *flags)
+    assert process.returncode == 0, process.stderr
+    results = json.loads((workdir / "evaluation.json").read_text())["loras"]
+    for result, when in zip(results, ("after", "before"), strict=True):
+        train = result["train"]
+        assert train["reward_mean"] == pytest.approx(summary[f"reward_{when}"], abs=1e-5)
+        assert train[f"reward/{further}_mean"] == pytest.approx(train["reward_mean"], abs=1e-6)
+        assert train["reward/jpeg_compress_mean"] < 0
+        assert f"LoRA {result['lora']}" in process.stdout
+    assert (workdir / "images" / "unseen_evaluation_2.png").is_file()

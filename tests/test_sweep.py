@@ -47,7 +47,7 @@ def test_every_point_scores_what_evaluate_does(nano_config, files, tmp_path):
     scorers = {"brightness": lambda images, prompts: images.mean(axis=(1, 2, 3))}
     for mix, high, low in ((0.5, 1000, 500), (1.0, 1000, 0)):
         lora = LoraMix(tuple(files), mix, (high, low))
-        expected = evaluate(config, tmp_path / "evaluation", lora, scorers)["unseen"]
+        expected = evaluate(config, tmp_path / "evaluation", lora, scorers=scorers)["unseen"]
         record = records[points.index((mix, high, low))]
         assert record["n"] == expected["n"] == 2
         redness = f"reward/{config.reward}"
@@ -69,7 +69,9 @@ def test_one_lora_is_set_against_the_base_model(nano_config, files, tmp_path):
     settings = {"points": 2, "ranges": [(1000, 0)], "scorers": {}}
     records = sweep(config, tmp_path / "sweep", files[:1], **settings)
     expected = [
-        evaluate(config, tmp_path / "evaluation", LoraMix((file,)), {})["unseen"]["reward_mean"]
+        evaluate(config, tmp_path / "evaluation", LoraMix((file,)), scorers={})["unseen"][
+            "reward_mean"
+        ]
         for file in ("none", files[0])
     ]
     raw = [record[f"reward/{config.reward}_mean"] for record in records]
