@@ -1,5 +1,6 @@
 """The mesh of devices, and how arrays and computations lie on it."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,8 +18,10 @@ from alignprop_jax.models.attention_functions import (
     attend_in_blocks,
 )
 
-# Generations whose chips' own memory is too small for the attention kernel.
-_OF_SMALL_VMEM = ("TPU v2", "TPU v3", "TPU v4")
+# Generations without the instructions of the attention kernel.
+_WITHOUT_KERNEL = ("TPU v2", "TPU v3")
+# Of a chip's own memory, what the kernel may take: all there is on v4, half or more on others.
+_VMEM_BYTES, _VMEM_BYTES_OF_V4 = 64 * 2**20, 16 * 2**20
 DATA_AXES = ("data", "fsdp")
 ATTENTION = {"plain": attend, "blocks": attend_in_blocks, "kernel": attend_by_kernel}
 
@@ -157,17 +160,18 @@ def choose_attention(name: str, mesh: Mesh) -> Attend:
         UserError: the kernel is asked for where it cannot run.
     """
     device = mesh.devices.flat[0]
-    has_room = device.platform == "tpu" and device.device_kind not in _OF_SMALL_VMEM
+    runs_kernel = device.platform == "tpu" and device.device_kind not in _WITHOUT_KERNEL
     if name == "auto":
-        name = "kernel" if has_room else "blocks"
+        name = "kernel" if runs_kernel else "blocks"
     if name != "kernel":
         return ATTENTION[name]
-    if not has_room:
+    if not runs_kernel:
         raise UserError(
-            f"config.attention=kernel is for TPUs from v5 on, not for {device.device_kind}; take "
+            f"config.attention=kernel is for TPUs from v4 on, not for {device.device_kind}; take "
             "blocks, or auto, here"
         )
-    return on_each_device(attend_by_kernel, mesh)
+    vmem_bytes = _VMEM_BYTES_OF_V4 if device.device_kind == "TPU v4" else _VMEM_BYTES
+    return on_each_device(functools.partial(attend_by_kernel, vmem_bytes=vmem_bytes), mesh)
 
 
 def on_each_device(attend: Attend, mesh: Mesh) -> Attend:

@@ -8,7 +8,12 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
+
+# What `checkpoint_name` calls outputs, and sums that their gradient needs: they are small, and so
+# much work, that a block of a network which is evaluated again had better have kept them.
+SAVED_NAME = "attention"
 
 Attend = Callable[[Array, Array, Array], Array]
 
@@ -24,23 +29,69 @@ def attend(
     value: Float[Array, "b k h d"],
     mask: Bool[Array, "q k"] | None = None,
 ) -> Float[Array, "b q h d"]:
-    """As the formula says, the weights [b, h, q, k] stored for the backward pass.
+    """As the formula says; of the weights [b, h, q, k], those of all queries are there at once.
+
+    The backward pass takes them from the logits again and from the logarithm of each row's sum, as
+    flash attention does (Dao et al., arXiv 2205.14135): less is stored, and the softmax is
+    differentiated in one pass over the weights, where its definition takes several.
 
     Args:
         mask: True where a query may look at a key; None for everywhere.
     """
-    logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
-    logits *= query.shape[-1] ** -0.5
-    if mask is not None:
-        logits = jnp.where(mask[None, None], logits, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
-    return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+    return _attend(query, key, value, mask)
+
+
+@jax.custom_vjp
+def _attend(query, key, value, mask):
+    return _attend_forward(query, key, value, mask)[0]
+
+
+def _attend_forward(query, key, value, mask):
+    logits, scale = _logits(query, key, mask), query.shape[-1] ** -0.5
+    largest = logits.max(-1, keepdims=True)
+    weights = jnp.exp((logits - largest) * scale)
+    total = weights.sum(-1, keepdims=True)
+    out = _product("bhqk,bkhd->bhqd", weights.astype(value.dtype), value) / total
+    out = out.astype(value.dtype).swapaxes(1, 2)
+    log_sum = largest * scale + jnp.log(total)
+    out, log_sum = (checkpoint_name(x, SAVED_NAME) for x in (out, log_sum))
+    return out, (query, key, value, mask, out, log_sum)
+
+
+def _attend_backward(residuals, cotangent):
+    query, key, value, mask, out, log_sum = residuals
+    scale = query.shape[-1] ** -0.5
+    weights = jnp.exp(_logits(query, key, mask) * scale - log_sum)
+    # What the softmax's normalisation takes from every logit's gradient.
+    mean = (cotangent.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
+    mean = mean.swapaxes(1, 2)[..., None]
+    dlogits = weights * (_product("bqhd,bkhd->bhqk", cotangent, value) - mean)
+    dlogits, weights = dlogits.astype(query.dtype), weights.astype(value.dtype)
+    dquery = _product("bhqk,bkhd->bqhd", dlogits, key) * scale
+    dkey = _product("bhqk,bqhd->bkhd", dlogits, query) * scale
+    dvalue = _product("bhqk,bqhd->bkhd", weights, cotangent)
+    return *(x.astype(query.dtype) for x in (dquery, dkey, dvalue)), None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _logits(query, key, mask):
+    """Before they are scaled, in float32."""
+    logits = _product("bqhd,bkhd->bhqk", query, key)
+    if mask is None:
+        return logits
+    return jnp.where(mask[None, None], logits, jnp.finfo(jnp.float32).min)
+
+
+def _product(subscripts, a, b):
+    return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
 
 
 def attend_in_blocks(
     query: Float[Array, "b q h d"], key: Float[Array, "b k h d"], value: Float[Array, "b k h d"]
 ) -> Float[Array, "b q h d"]:
-    """Many queries block by block, each block computed again in the backward pass.
+    """Many queries block by block, with the weights of one block at a time.
 
     Memory grows with the number of tokens and not with its square (Rabe and Staats, arXiv
     2112.05682).
@@ -53,29 +104,32 @@ def attend_in_blocks(
     padding = num_blocks * size - number
     blocks = jnp.pad(query, ((0, 0), (0, padding), (0, 0), (0, 0)))
     blocks = blocks.reshape(batch, num_blocks, size, heads, width).swapaxes(0, 1)
-    out = jax.lax.map(jax.checkpoint(lambda block: attend(block, key, value)), blocks)
+    out = jax.lax.map(lambda block: attend(block, key, value), blocks)
     out = out.swapaxes(0, 1).reshape(batch, num_blocks * size, heads, width)
     return out[:, :number]
 
 
 def attend_by_kernel(
-    query: Float[Array, "b q h d"], key: Float[Array, "b k h d"], value: Float[Array, "b k h d"]
+    query: Float[Array, "b q h d"],
+    key: Float[Array, "b k h d"],
+    value: Float[Array, "b k h d"],
+    vmem_bytes: int,
 ) -> Float[Array, "b q h d"]:
     """By a kernel for TPUs, which stores no weights, see `flash_attention`.
 
-    What a chip's own memory has no room for goes by blocks, as do few queries.
+    What the chip's own memory, of `vmem_bytes`, has no room for goes by blocks, as do few queries.
     """
     # Only TPUs need it, and its import takes long.
     from alignprop_jax.models import flash_attention as flash
 
     num_queries, heads, width = query.shape[1:]
-    sizes = (num_queries, key.shape[1], heads * width, query.dtype.itemsize)
-    few = num_queries < _FEWEST_QUERIES_FOR_THE_KERNEL
-    if few or not flash.fits(*sizes, flash.VMEM_BYTES):
+    sizes = (num_queries, key.shape[1], heads, heads * width, query.dtype.itemsize)
+    tiles = flash.choose_tiles(*sizes, vmem_bytes)
+    if num_queries < _FEWEST_QUERIES_FOR_THE_KERNEL or tiles is None:
         return attend_in_blocks(query, key, value)
 
     def side_by_side(x):
         return x.reshape(*x.shape[:2], heads * width)
 
-    out = flash.flash_attention(*map(side_by_side, (query, key, value)), heads)
+    out = flash.flash_attention(*map(side_by_side, (query, key, value)), heads, tiles, vmem_bytes)
     return out.reshape(query.shape)

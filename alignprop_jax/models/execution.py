@@ -7,10 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from alignprop_jax.models.attention_functions import Attend, attend_in_blocks
-
-SAVED_NAME = "saved"
-"""What `jax.ad_checkpoint.checkpoint_name` calls the values that blocks keep under `remat`."""
+from alignprop_jax.models.attention_functions import SAVED_NAME, Attend, attend_in_blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +19,7 @@ class Execution:
             are in float32 whatever it is.
         attend: the attention of all heads, such as one of `attention_functions`.
         remat: the backward pass evaluates every block of the network again, so that only what goes
-            from block to block is stored, and values of the name `SAVED_NAME`.
+            from block to block is stored, and what attention gave.
     """
 
     dtype: jnp.dtype = jnp.dtype("float32")

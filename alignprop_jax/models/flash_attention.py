@@ -5,13 +5,15 @@ d = 40 channels would be stored as 128, and be transposed there and back; of so 
 takes longer than their products. Heads are taken apart in the chip's own memory instead, and
 logits, weights and their gradients are never anywhere else.
 
-The backward pass computes weights once, for all three gradients: that of the queries is held for a
-whole image while blocks of keys pass by (five products, where one pass for queries and another for
-keys and values need seven).
+The backward pass computes weights once, for all three gradients: that of the queries is held for as
+many of an image's as there is room for while blocks of keys pass by (five products, where one pass
+for queries and another for keys and values need seven). Where that is not all of them, each part
+leaves gradients of keys and values of its own, which are then added up.
 """
 
 import functools
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,56 +22,98 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from alignprop_jax.models.execution import SAVED_NAME
+from alignprop_jax.models.attention_functions import SAVED_NAME
 
-# What a kernel may take of the chip's own memory, on generations that have that much.
-VMEM_BYTES = 64 * 2**20
-# Of sums and weights of heads, by the compiler's word at most.
-_OF_HEADS = 12 * 2**20
 _BLOCKS, _LANES = (512, 256, 128), 128
 _NO_LOGIT = float(jnp.finfo(jnp.float32).min)
 # Contract the last axis of both; the first of both.
 _LAST, _FIRST = (((1,), (1,)), ((), ())), (((0,), (0,)), ((), ()))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+class Tiles(NamedTuple):
+    """What a kernel has in the chip's own memory at a time.
+
+    Attributes:
+        rows: queries whose gradient is held while all keys pass by.
+        queries: of them, at a time.
+        keys: at a time, with their values.
+    """
+
+    rows: int
+    queries: int
+    keys: int
+
+
+def choose_tiles(
+    num_queries: int,
+    num_keys: int,
+    num_heads: int,
+    channels: int,
+    itemsize: int,
+    vmem_bytes: int,
+) -> Tiles | None:
+    """The largest that a chip's own memory has room for in the backward pass, the larger one.
+
+    Args:
+        channels: of all heads.
+        itemsize: bytes of a number.
+        vmem_bytes: of that memory.
+
+    Returns:
+        None where no blocks divide the tokens or fit.
+    """
+    for block in _BLOCKS:
+        queries, keys = _block(num_queries, block), _block(num_keys, block)
+        if not (queries and keys):
+            continue
+        for parts in range(1, num_queries // queries + 1):
+            tiles = Tiles(num_queries // parts, queries, keys)
+            whole = num_queries % parts == 0 and tiles.rows % queries == 0
+            if whole and _vmem(tiles, num_heads, channels, itemsize) < vmem_bytes:
+                return tiles
+    return None
+
+
+def _block(number: int, largest: int) -> int:
+    """Tokens at a time: as many as divide their number; all where they are few; 0 for neither."""
+    if number < _BLOCKS[-1]:
+        return number
+    return next((size for size in _BLOCKS if size <= largest and number % size == 0), 0)
+
+
+def _vmem(tiles: Tiles, num_heads: int, channels: int, itemsize: int) -> int:
+    """Bytes of the backward pass, a little more than the compiler takes."""
+    lanes = -(-channels // _LANES) * _LANES
+    # The gradient of the rows, as it is summed up and twice as it is written, since the next
+    # rows' begins before these have left; the same of each block that comes or goes.
+    rows = tiles.rows * lanes * (4 + 2 * itemsize)
+    blocks = 2 * 4 * (tiles.queries + tiles.keys) * lanes * itemsize
+    sums = 2 * num_heads * tiles.keys * _LANES * 4
+    # Logits, weights and their gradients, of two heads at a time.
+    return rows + blocks + sums + 32 * tiles.queries * tiles.keys
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def flash_attention(
     query: Float[Array, "b q c"],
     key: Float[Array, "b k c"],
     value: Float[Array, "b k c"],
     num_heads: int,
+    tiles: Tiles,
+    vmem_bytes: int,
 ) -> Float[Array, "b q c"]:
-    """softmax(Q K^T / sqrt(d)) V of each head, of d = c / num_heads channels; see `fits`."""
-    return _forward(query, key, value, num_heads)[0]
-
-
-def fits(num_queries: int, num_keys: int, channels: int, itemsize: int, vmem_bytes: int) -> bool:
-    """Whether a chip's own memory has room for the backward pass, the larger one.
+    """softmax(Q K^T / sqrt(d)) V of each head, of d = c / num_heads channels.
 
     Args:
-        itemsize: bytes of a number.
-        vmem_bytes: of that memory.
+        tiles: of `choose_tiles`.
+        vmem_bytes: of the chip's own memory.
     """
-    if not (_block(num_queries) and _block(num_keys)):
-        return False
-    lanes = -(-channels // _LANES) * _LANES
-    # The gradient of all queries, as it is summed up and twice as it is written, since the next
-    # image's begins before this one's has left; the same of each block that comes or goes.
-    image = num_queries * lanes * (4 + 2 * itemsize)
-    blocks = 2 * (4 * _block(num_queries) + 4 * _block(num_keys)) * lanes * itemsize
-    return image + blocks + _OF_HEADS < vmem_bytes
+    return _forward(query, key, value, num_heads, tiles, vmem_bytes)[0]
 
 
-def _block(number: int) -> int:
-    """Tokens at a time: as many as divide their number; all where they are few; 0 for neither."""
-    if number < _BLOCKS[-1]:
-        return number
-    return next((size for size in _BLOCKS if number % size == 0), 0)
-
-
-def _forward(query, key, value, num_heads):
+def _forward(query, key, value, num_heads, tiles, vmem_bytes):
     batch, num_queries, channels = query.shape
-    query_block, key_block = _block(num_queries), _block(key.shape[1])
+    _, query_block, key_block = tiles
     width = channels // num_heads
     of_queries = pl.BlockSpec((1, query_block, channels), lambda b, q, k: (b, q, 0))
     of_keys = pl.BlockSpec((1, key_block, channels), lambda b, q, k: (b, k, 0))
@@ -88,44 +132,57 @@ def _forward(query, key, value, num_heads):
             pltpu.VMEM((num_heads, query_block, 1), jnp.float32),
             pltpu.VMEM((num_heads, query_block, 1), jnp.float32),
         ],
-        compiler_params=_compiler_params("parallel", "parallel", "arbitrary"),
+        compiler_params=_compiler_params(vmem_bytes, "parallel", "parallel", "arbitrary"),
         name="attention",
     )(query, key, value)
-    # Small, and so much work, that a block which is evaluated again had better have kept them.
     out, log_sum = (checkpoint_name(x, SAVED_NAME) for x in (out, log_sum))
     return out, (query, key, value, out, log_sum)
 
 
-def _backward(num_heads, residuals, cotangent):
+def _backward(num_heads, tiles, vmem_bytes, residuals, cotangent):
     query, key, value, out, log_sum = residuals
     batch, num_queries, channels = query.shape
-    query_block, key_block = _block(num_queries), _block(key.shape[1])
-    width = channels // num_heads
-    of_queries = pl.BlockSpec((1, query_block, channels), lambda b, k, q: (b, q, 0))
-    of_keys = pl.BlockSpec((1, key_block, channels), lambda b, k, q: (b, k, 0))
-    of_rows = pl.BlockSpec((1, query_block, num_heads), lambda b, k, q: (b, q, 0))
-    of_image = pl.BlockSpec((1, num_queries, channels), lambda b, k, q: (b, 0, 0))
-    return pl.pallas_call(
+    rows, query_block, key_block = tiles
+    parts, width = num_queries // rows, channels // num_heads
+
+    def part(x):
+        return x.reshape(batch * parts, rows, x.shape[-1])
+
+    of_queries = pl.BlockSpec((1, query_block, channels), lambda p, k, q: (p, q, 0))
+    of_keys = pl.BlockSpec((1, key_block, channels), lambda p, k, q: (jax.lax.div(p, parts), k, 0))
+    of_sums = pl.BlockSpec((1, query_block, num_heads), lambda p, k, q: (p, q, 0))
+    of_rows = pl.BlockSpec((1, rows, channels), lambda p, k, q: (p, 0, 0))
+    to_keys = pl.BlockSpec((1, key_block, channels), lambda p, k, q: (p, k, 0))
+    dq, dk, dv = pl.pallas_call(
         functools.partial(_differentiate_block, num_heads=num_heads, query_block=query_block),
-        grid=(batch, key.shape[1] // key_block, num_queries // query_block),
-        in_specs=[of_queries, of_keys, of_keys, of_queries, of_queries, of_rows],
-        out_specs=[of_image, of_keys, of_keys],
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, key, value)],
+        grid=(batch * parts, key.shape[1] // key_block, rows // query_block),
+        in_specs=[of_queries, of_keys, of_keys, of_queries, of_queries, of_sums],
+        out_specs=[of_rows, to_keys, to_keys],
+        out_shape=[
+            jax.ShapeDtypeStruct((batch * parts, rows, channels), query.dtype),
+            *[jax.ShapeDtypeStruct((batch * parts, *x.shape[1:]), x.dtype) for x in (key, value)],
+        ],
         scratch_shapes=[
-            pltpu.VMEM((num_queries, channels), jnp.float32),
+            pltpu.VMEM((rows, channels), jnp.float32),
             pltpu.VMEM((num_heads, key_block, width), jnp.float32),
             pltpu.VMEM((num_heads, key_block, width), jnp.float32),
         ],
-        compiler_params=_compiler_params("parallel", "arbitrary", "arbitrary"),
+        compiler_params=_compiler_params(vmem_bytes, "parallel", "arbitrary", "arbitrary"),
         name="attention_gradient",
-    )(query, key, value, out, cotangent, log_sum)
+    )(part(query), key, value, part(out), part(cotangent), part(log_sum))
+
+    def add_up(gradient, x):
+        of_parts = gradient.reshape(batch, parts, *x.shape[1:])
+        return of_parts.astype(jnp.float32).sum(1).astype(x.dtype)
+
+    return dq.reshape(query.shape), add_up(dk, key), add_up(dv, value)
 
 
 flash_attention.defvjp(_forward, _backward)
 
 
-def _compiler_params(*semantics: str) -> pltpu.CompilerParams:
-    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=VMEM_BYTES)
+def _compiler_params(vmem_bytes: int, *semantics: str) -> pltpu.CompilerParams:
+    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=vmem_bytes)
 
 
 def _heads(num_heads: int, channels: int) -> Iterator[tuple[int, slice]]:

@@ -1,5 +1,7 @@
 """The ways to attend: against PyTorch's, value and gradient, and for their memory."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from alignprop_jax.models import attention_functions, flash_attention
 from tests.torch_pipeline import torch
 
 HEADS, WIDTH = 2, 4
+VMEM = 64 * 2**20
 
 
 def inputs(queries, keys):
@@ -49,25 +52,44 @@ def test_attention_in_blocks_is_pytorchs(monkeypatch, queries, keys):
     assert_equals_pytorch(attention_functions.attend_in_blocks, arrays)
 
 
-@pytest.mark.parametrize("queries, keys", [(256, 384), (256, 7), (384, 384)])
-def test_attention_by_the_kernel_is_pytorchs(monkeypatch, queries, keys):
-    """As a TPU would run it, on an interpreter; in several blocks, and keys that fill none."""
+@pytest.mark.parametrize(
+    "queries, keys, vmem_bytes, rows",
+    [(256, 384, VMEM, 256), (256, 7, VMEM, 256), (384, 384, 9 * 2**18, 128)],
+)
+def test_attention_by_the_kernel_is_pytorchs(monkeypatch, queries, keys, vmem_bytes, rows):
+    """As a TPU would run it, on an interpreter; several blocks, keys that fill none, and parts."""
     monkeypatch.setattr(attention_functions, "_FEWEST_QUERIES_FOR_THE_KERNEL", 256)
     monkeypatch.setattr(flash_attention, "_BLOCKS", (128,))
     arrays = inputs(queries, keys)
+    attend = functools.partial(attention_functions.attend_by_kernel, vmem_bytes=vmem_bytes)
+    sizes = (queries, keys, HEADS, HEADS * WIDTH, 4)
+    assert flash_attention.choose_tiles(*sizes, vmem_bytes).rows == rows
     with pltpu.force_tpu_interpret_mode():
-        text = jax.make_jaxpr(attention_functions.attend_by_kernel)(*arrays)
-        assert "pallas_call" in str(text)
-        assert_equals_pytorch(attention_functions.attend_by_kernel, arrays)
+        assert "pallas_call" in str(jax.make_jaxpr(attend)(*arrays))
+        assert_equals_pytorch(attend, arrays)
 
 
 @pytest.mark.parametrize(
-    "queries, keys, width", [(256, 256, 4), (1100, 1100, 4), (16384, 16384, 512)]
+    "channels, heads, megabytes, tiles",
+    [
+        (320, 8, 64, (4096, 512, 512)),
+        (320, 8, 16, (2048, 256, 256)),
+        (640, 10, 16, (1024, 256, 256)),
+    ],
+)
+def test_the_kernel_takes_what_a_chip_has_room_for(channels, heads, megabytes, tiles):
+    """4,096 tokens of Stable Diffusion 1.5 and XL; the compiler took these sizes on v5e and v4."""
+    sizes = (4096, 4096, heads, channels, 2)
+    assert flash_attention.choose_tiles(*sizes, megabytes * 2**20) == tiles
+
+
+@pytest.mark.parametrize(
+    "queries, keys, width", [(256, 256, 4), (1100, 1100, 4), (16384, 16384, 8192)]
 )
 def test_the_kernel_leaves_to_the_blocks_what_is_small_or_odd_or_too_large(queries, keys, width):
     shapes = [jax.ShapeDtypeStruct((1, n, 1, width), jnp.float32) for n in (queries, keys, keys)]
-    text = jax.make_jaxpr(attention_functions.attend_by_kernel)(*shapes)
-    assert "pallas_call" not in str(text)
+    attend = functools.partial(attention_functions.attend_by_kernel, vmem_bytes=VMEM)
+    assert "pallas_call" not in str(jax.make_jaxpr(attend)(*shapes))
 
 
 def test_the_weights_of_all_queries_are_never_there_at_once():
