@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from alignprop_jax.errors import UserError
+from alignprop_jax.models.execution import Execution
 from alignprop_jax.schedulers import DDIMScheduler
 
 Params = dict[str, Any]
@@ -50,6 +51,11 @@ class StableDiffusion:
                 raise UserError(
                     f"sampler.{name} is {size}; images of this model need a multiple of {unit}"
                 )
+
+    def executed(self, execution: Execution) -> "StableDiffusion":
+        """The model with its UNet and autoencoder computed that way."""
+        unet, vae = (module.clone(execution=execution) for module in (self.unet, self.vae))
+        return dataclasses.replace(self, unet=unet, vae=vae)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -108,10 +114,10 @@ def apply_unet(
     sd: StableDiffusion,
     variables: Params,
     x_t: Float[Array, "b h w c"],
-    timestep: Int[Array, ""],
+    timestep: Int[Array, "*b"],
     conditioning: Conditioning,
-) -> Float[Array, "b h w c"]:
-    """The UNet's output in float32.
+) -> Float[Array, "n h w c"]:
+    """The UNet's output in float32; for several prompts an image, see `UNet`.
 
     A Stable Diffusion XL is told that its images were neither enlarged nor cropped.
     """
@@ -120,7 +126,7 @@ def apply_unet(
         downscale = sd.vae.config.downscale
         height, width = (size * downscale for size in x_t.shape[1:3])
         sizes = jnp.array([height, width, 0, 0, height, width], jnp.float32)
-        time_ids = jnp.broadcast_to(sizes, (x_t.shape[0], sizes.size))
+        time_ids = jnp.broadcast_to(sizes, (conditioning.pooled.shape[0], sizes.size))
     output = sd.unet.apply(
         variables, x_t, timestep, conditioning.hidden_states, conditioning.pooled, time_ids
     )

@@ -12,6 +12,7 @@ from alignprop_jax.models.layers import (
     gelu,
     group_norm,
     layer_norm,
+    repeat_rows,
 )
 
 
@@ -61,7 +62,10 @@ class FeedForward(NetworkModule):
 
 
 class TransformerBlock(NetworkModule):
-    """Pre-norm self-attention, cross-attention and MLP, each with a residual."""
+    """Pre-norm self-attention, cross-attention and MLP, each with a residual.
+
+    Where there are more prompts than images, each image meets several, one after the other.
+    """
 
     channels: int
     num_heads: int
@@ -69,15 +73,15 @@ class TransformerBlock(NetworkModule):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b l c"], context: Float[Array, "b k d"]
-    ) -> Float[Array, "b l c"]:
+        self, x: Float[Array, "b l c"], context: Float[Array, "n k d"]
+    ) -> Float[Array, "n l c"]:
         def norm(name):
             return layer_norm(1e-5, name, self.dtype)
 
         def attention(name):
             return Attention(self.channels, self.num_heads, execution=self.execution, name=name)
 
-        x = x + attention("attn1")(norm("norm1")(x))
+        x = repeat_rows(x + attention("attn1")(norm("norm1")(x)), context.shape[0])
         x = x + attention("attn2")(norm("norm2")(x), context)
         return x + FeedForward(self.channels, self.execution, name="ff")(norm("norm3")(x))
 
@@ -93,8 +97,8 @@ class Transformer2D(NetworkModule):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b h w c"], context: Float[Array, "b k d"]
-    ) -> Float[Array, "b h w c"]:
+        self, x: Float[Array, "b h w c"], context: Float[Array, "n k d"]
+    ) -> Float[Array, "n h w c"]:
         batch, height, width, channels = x.shape
 
         def project(name, y):
@@ -108,4 +112,5 @@ class Transformer2D(NetworkModule):
             y = self.block(TransformerBlock)(
                 channels, self.num_heads, self.execution, name=f"transformer_blocks.{i}"
             )(y, context)
-        return x + project("proj_out", y.reshape(batch, height, width, channels))
+        y = project("proj_out", y.reshape(-1, height, width, channels))
+        return repeat_rows(x, y.shape[0]) + y

@@ -5,11 +5,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from alignprop_jax.models.layers import Linear, conv, group_norm
+from alignprop_jax.models.convolution import convolve_upsampled
+from alignprop_jax.models.layers import Linear, conv, group_norm, repeat_rows
 
 
 class ResnetBlock(nn.Module):
-    """Two convolutions with a residual; a time embedding, where given, is added between them."""
+    """Two convolutions with a residual; a time embedding, where given, is added between them.
+
+    There is one embedding for all images, or one for each or for each run of several.
+    """
 
     features: int
     num_groups: int
@@ -18,7 +22,7 @@ class ResnetBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b h w i"], time_embedding: Float[Array, "b t"] | None = None
+        self, x: Float[Array, "b h w i"], time_embedding: Float[Array, "t d"] | None = None
     ) -> Float[Array, "b h w o"]:
         y = jax.nn.silu(group_norm(self.num_groups, self.epsilon, "norm1", self.dtype)(x))
         y = conv(self.features, 3, "conv1", self.dtype)(y)
@@ -26,7 +30,7 @@ class ResnetBlock(nn.Module):
             shift = Linear(self.features, dtype=self.dtype, name="time_emb_proj")(
                 jax.nn.silu(time_embedding)
             )
-            y += shift[:, None, None, :]
+            y += repeat_rows(shift, y.shape[0])[:, None, None, :]
         y = jax.nn.silu(group_norm(self.num_groups, self.epsilon, "norm2", self.dtype)(y))
         y = conv(self.features, 3, "conv2", self.dtype)(y)
         if x.shape[-1] != self.features:
@@ -51,15 +55,11 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles height and width by repeating pixels, then convolves."""
+    """Doubles height and width by repeating pixels, and convolves the result."""
 
     features: int
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
-        batch, height, width, channels = x.shape
-        x = jnp.broadcast_to(
-            x[:, :, None, :, None, :], (batch, height, 2, width, 2, channels)
-        ).reshape(batch, 2 * height, 2 * width, channels)
-        return conv(self.features, 3, "conv", self.dtype)(x)
+        return conv(self.features, 3, "conv", self.dtype, by=convolve_upsampled)(x)

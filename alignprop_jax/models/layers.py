@@ -1,13 +1,15 @@
 """The layers all models share: linear with an optional LoRA term, convolution, norms, attention."""
 
+import math
 from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from alignprop_jax.models.attention_functions import Attend
+from alignprop_jax.models.convolution import convolve
 
 # U(-1/sqrt(fan_in), 1/sqrt(fan_in)): PyTorch's default for linear and convolution.
 KERNEL_INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -46,8 +48,13 @@ def conv(
     stride: int = 1,
     padding: int | tuple[tuple[int, int], ...] | None = None,
     use_bias: bool = True,
+    by: Callable[..., Array] = convolve,
 ) -> nn.Conv:
-    """A square convolution that keeps the size at stride 1 unless `padding` says otherwise."""
+    """A square convolution that keeps the size at stride 1 unless `padding` says otherwise.
+
+    Args:
+        by: a function of `convolution`.
+    """
     return nn.Conv(
         features,
         (kernel_size, kernel_size),
@@ -56,8 +63,18 @@ def conv(
         use_bias=use_bias,
         kernel_init=KERNEL_INIT,
         dtype=dtype,
+        conv_general_dilated=by,
         name=name,
     )
+
+
+def repeat_rows(x: Shaped[Array, "b *s"], number: int) -> Shaped[Array, "n *s"]:
+    """Every row so many times in a row that there are `number`, a multiple of what there are."""
+    batch, *shape = x.shape
+    if batch == number:
+        return x
+    repeated = jnp.broadcast_to(x[:, None], (batch, number // batch, *shape))
+    return repeated.reshape(number, *shape)
 
 
 class GroupNorm(nn.Module):
@@ -129,8 +146,10 @@ def gelu(x: Array) -> Array:
     The approximation is off by less than bfloat16 rounds, and much cheaper than the error function
     on a TPU.
     """
-    approximate = x.dtype == jnp.bfloat16
-    return jax.nn.gelu(x.astype(jnp.float32), approximate=approximate).astype(x.dtype)
+    if x.dtype == jnp.bfloat16:
+        return jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
+    # By erf, as PyTorch has it: JAX's own, by erfc, is exact far below zero, and takes longer.
+    return 0.5 * x * (1.0 + jax.lax.erf(x * math.sqrt(0.5)))
 
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {

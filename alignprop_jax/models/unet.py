@@ -17,7 +17,7 @@ from alignprop_jax.models.attention import Transformer2D
 from alignprop_jax.models.blocks import Downsample, ResnetBlock, Upsample
 from alignprop_jax.models.config_json import per_block, refuse_unsupported
 from alignprop_jax.models.execution import Execution, NetworkModule
-from alignprop_jax.models.layers import Linear, conv, group_norm
+from alignprop_jax.models.layers import Linear, conv, group_norm, repeat_rows
 
 _SUPPORTED = {
     "act_fn": ("silu", "swish"),
@@ -219,6 +219,7 @@ class UpStage(Stage):
     @nn.compact
     def __call__(self, x, skips, time_embedding, context):
         for i, skip in enumerate(reversed(skips)):
+            skip = repeat_rows(skip, x.shape[0])
             x = self.resnet(i)(jnp.concatenate([x, skip], axis=-1), time_embedding)
             if self.attention:
                 x = self.transformer(i)(x, context)
@@ -238,11 +239,14 @@ class UNet(NetworkModule):
         self,
         sample: Float[Array, "b h w c"],
         timesteps: Shaped[Array, "..."],
-        encoder_hidden_states: Float[Array, "b l d"],
-        pooled: Float[Array, "b p"] | None = None,
-        time_ids: Float[Array, "b 6"] | None = None,
-    ) -> Float[Array, "b h w o"]:
+        encoder_hidden_states: Float[Array, "n l d"],
+        pooled: Float[Array, "n p"] | None = None,
+        time_ids: Float[Array, "n 6"] | None = None,
+    ) -> Float[Array, "n h w o"]:
         """Evaluates the network.
+
+        There may be several prompts n for each image b, one after the other, as for guidance. What
+        comes before the first attention to the prompt is the same for them, and evaluated once.
 
         Args:
             sample: noisy latents; height and width divisible by 2 ** (levels - 1).
@@ -257,7 +261,7 @@ class UNet(NetworkModule):
         """
         config = self.config
         levels = len(config.channels)
-        timesteps = jnp.broadcast_to(timesteps, sample.shape[:1])
+        timesteps = jnp.reshape(timesteps, -1)
         sinusoids = timestep_embedding(
             timesteps, config.channels[0], config.flip_sin_to_cos, config.freq_shift
         )
@@ -265,15 +269,18 @@ class UNet(NetworkModule):
             sinusoids
         )
         if config.size_embedding_dim:
+            # The embedding is the prompt's, and so is everything from here on.
+            sample = repeat_rows(sample, encoder_hidden_states.shape[0])
             sizes = timestep_embedding(
                 time_ids.reshape(-1),
                 config.size_embedding_dim,
                 config.flip_sin_to_cos,
                 config.freq_shift,
             ).reshape(time_ids.shape[0], -1)
-            time_embedding += TimestepMLP(4 * config.channels[0], self.dtype, name="add_embedding")(
+            size_embedding = TimestepMLP(4 * config.channels[0], self.dtype, name="add_embedding")(
                 jnp.concatenate([pooled, sizes], axis=-1)
             )
+            time_embedding = repeat_rows(time_embedding, sample.shape[0]) + size_embedding
         context = encoder_hidden_states.astype(self.dtype)
 
         x = conv(config.channels[0], 3, "conv_in", self.dtype)(sample)

@@ -1,0 +1,137 @@
+"""Convolution with its gradient written out, for XLA's CPU compiler does not find a fast one."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+SAVED_NAME = "convolution"
+"""What `checkpoint_name` calls the results, which are much work for their size."""
+
+_DIMENSIONS = ("NHWC", "HWIO", "NHWC")
+
+
+def convolve(
+    x: Float[Array, "b h w i"],
+    kernel: Float[Array, "k l i o"],
+    strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    **settings: object,
+) -> Float[Array, "b H W o"]:
+    """`jax.lax.conv_general_dilated` of images, as `flax.linen.Conv` calls it.
+
+    In the body of a loop, XLA's CPU compiler takes 5 times as long for the gradient of `x` as for
+    the convolution that it is, and 30 times as long for that of the kernel as for its products.
+
+    Args:
+        settings: what else flax gives it, that of a plain convolution.
+    """
+    del settings
+    out = _convolve(x, kernel, tuple(strides), tuple(map(tuple, padding)))
+    return checkpoint_name(out, SAVED_NAME)
+
+
+def convolve_upsampled(
+    x: Float[Array, "b h w i"], kernel: Float[Array, "3 3 i o"], *settings: object, **more: object
+) -> Float[Array, "b 2*h 2*w o"]:
+    """`convolve` of images whose height and width were doubled by repeating pixels; keeps the size.
+
+    Of the three rows or columns that a kernel covers there, two are the same, whose weights are
+    added up beforehand. That leaves a kernel of 2 x 2 for each pixel of four, at 4/9 of the work.
+
+    Args:
+        settings: those that flax gives a convolution which keeps the size.
+    """
+    del settings, more
+    weights = kernel.astype(jnp.float32)
+
+    def halves(weights, axis, phase):
+        first, middle, last = jnp.split(weights, 3, axis)
+        parts = (first + middle, last) if phase else (first, middle + last)
+        return jnp.concatenate(parts, axis)
+
+    def of_phase(row, column):
+        of_both = halves(halves(weights, 0, row), 1, column).astype(kernel.dtype)
+        return convolve(x, of_both, (1, 1), ((1 - row, row), (1 - column, column)))
+
+    batch, height, width, _ = x.shape
+    rows = [jnp.stack([of_phase(row, column) for column in (0, 1)], 3) for row in (0, 1)]
+    return jnp.stack(rows, 2).reshape(batch, 2 * height, 2 * width, -1)
+
+
+def _plain(x, kernel, strides, padding):
+    return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=_DIMENSIONS)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _convolve(x, kernel, strides, padding):
+    return _plain(x, kernel, strides, padding)
+
+
+def _forward(x, kernel, strides, padding):
+    out = _plain(x.value, kernel.value, strides, padding)
+    # A frozen kernel's gradient needs no activations: their shape without images stands for them.
+    kept = x.value if kernel.perturbed else x.value[:0]
+    return out, (kept, kernel.value)
+
+
+def _backward(strides, padding, residuals, cotangent):
+    x, kernel = residuals
+    like_x = jax.ShapeDtypeStruct((cotangent.shape[0], *x.shape[1:]), x.dtype)
+    is_frozen = x.shape != like_x.shape
+
+    def of_x(cotangent, kernel):
+        by_x = functools.partial(_plain, kernel=kernel, strides=strides, padding=padding)
+        return jax.linear_transpose(by_x, like_x)(cotangent)[0]
+
+    def of_x_on_cpu(cotangent, kernel):
+        return _input_gradient(cotangent, kernel, x.shape, strides, padding)
+
+    def of_kernel(x, cotangent):
+        by_kernel = functools.partial(_plain, x, strides=strides, padding=padding)
+        return jax.linear_transpose(lambda kernel: by_kernel(kernel=kernel), kernel)(cotangent)[0]
+
+    def of_kernel_on_cpu(x, cotangent):
+        return _kernel_gradient(x, cotangent, kernel.shape, strides, padding)
+
+    x_gradient = jax.lax.platform_dependent(cotangent, kernel, cpu=of_x_on_cpu, default=of_x)
+    if is_frozen:
+        return x_gradient, jnp.zeros_like(kernel)
+    return x_gradient, jax.lax.platform_dependent(
+        x, cotangent, cpu=of_kernel_on_cpu, default=of_kernel
+    )
+
+
+_convolve.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _input_gradient(cotangent, kernel, shape, strides, padding):
+    """The convolution of the cotangent, with zeros between its pixels, and the turned kernel."""
+    turned = jax.lax.rev(kernel, (0, 1)).swapaxes(2, 3)
+    pads = []
+    for axis, (stride, (low, _)) in enumerate(zip(strides, padding, strict=True)):
+        dilated = (cotangent.shape[1 + axis] - 1) * stride + 1
+        pads.append((kernel.shape[axis] - 1 - low, shape[1 + axis] - dilated + low))
+    if max(strides) > 1:
+        between = ((0, 0, 0), *((0, 0, stride - 1) for stride in strides), (0, 0, 0))
+        cotangent = jax.lax.pad(cotangent, jnp.zeros((), cotangent.dtype), between)
+    return _plain(cotangent, turned, (1, 1), pads)
+
+
+def _kernel_gradient(x, cotangent, shape, strides, padding):
+    """For each of the kernel's pixels, the product of the cotangent and what it was applied to."""
+    padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+
+    def of_pixel(*offsets):
+        rows, columns = (
+            slice(offset, offset + (number - 1) * stride + 1, stride)
+            for offset, number, stride in zip(offsets, cotangent.shape[1:3], strides, strict=True)
+        )
+        return jnp.einsum("bhwi,bhwo->io", padded[:, rows, columns], cotangent)
+
+    return jnp.stack(
+        [jnp.stack([of_pixel(i, j) for j in range(shape[1])]) for i in range(shape[0])]
+    )

@@ -1,0 +1,83 @@
+"""Convolution against PyTorch's: value and both gradients, as they are and in a loop."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alignprop_jax.models.convolution import convolve, convolve_upsampled
+from tests.torch_pipeline import torch
+
+SETTINGS = {"lhs_dilation": (1, 1), "rhs_dilation": (1, 1), "feature_group_count": 1}
+
+
+def torch_convolution(x, kernel, stride, padding, upsampled):
+    """The value as NHWC and a function to both gradients, as NHWC and HWIO."""
+    x = torch.tensor(np.moveaxis(x, -1, 1), requires_grad=True)
+    kernel = torch.tensor(kernel.transpose(3, 2, 0, 1).copy(), requires_grad=True)
+    (top, bottom), (left, right) = padding
+    padded = torch.nn.functional.interpolate(x, scale_factor=2.0) if upsampled else x
+    padded = torch.nn.functional.pad(padded, (left, right, top, bottom))
+    y = torch.nn.functional.conv2d(padded, kernel, stride=stride)
+
+    def gradients(cotangent):
+        y.backward(torch.tensor(np.moveaxis(cotangent, -1, 1).copy()))
+        return np.moveaxis(x.grad.numpy(), 1, -1), kernel.grad.numpy().transpose(2, 3, 1, 0)
+
+    return np.moveaxis(y.detach().numpy(), 1, -1), gradients
+
+
+@pytest.mark.parametrize(
+    "size, stride, padding, upsampled",
+    [
+        ((3, 3), 1, ((1, 1), (1, 1)), False),
+        ((1, 1), 1, ((0, 0), (0, 0)), False),
+        ((3, 3), 2, ((1, 1), (1, 1)), False),
+        ((3, 3), 2, ((0, 1), (0, 1)), False),
+        ((3, 2), 1, ((2, 0), (1, 3)), False),
+        ((3, 3), 1, ((1, 1), (1, 1)), True),
+    ],
+)
+@pytest.mark.parametrize("in_loop", [False, True])
+def test_value_and_gradients_are_pytorchs(size, stride, padding, upsampled, in_loop):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, 6, 8, 3)).astype(np.float32)
+    kernel = rng.standard_normal((*size, 3, 5)).astype(np.float32)
+    by = convolve_upsampled if upsampled else convolve
+
+    def apply(x, kernel):
+        if not in_loop:
+            return by(x, kernel, (stride, stride), padding, **SETTINGS)
+        twice = jax.lax.map(lambda half: by(half, kernel, (stride, stride), padding), x[:, None])
+        return twice[:, 0]
+
+    y, vjp = jax.jit(lambda x, kernel: jax.vjp(apply, x, kernel))(x, kernel)
+    cotangent = rng.standard_normal(y.shape).astype(np.float32)
+    wanted, gradients = torch_convolution(x, kernel, stride, padding, upsampled)
+    np.testing.assert_allclose(y, wanted, atol=1e-5)
+    for got, expected in zip(jax.jit(vjp)(cotangent), gradients(cotangent), strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-4)
+
+
+def test_other_platforms_have_jaxs_own_gradients():
+    """What a TPU's compiler is given is the transpose of a convolution, and no product."""
+    x, kernel = jnp.ones((1, 4, 4, 3)), jnp.ones((3, 3, 3, 5))
+
+    def gradient(x, kernel):
+        return jax.grad(lambda *args: convolve(*args, (1, 1), ((1, 1), (1, 1))).sum(), (0, 1))(
+            x, kernel
+        )
+
+    lowered = jax.jit(gradient).trace(x, kernel).lower(lowering_platforms=("tpu",)).as_text()
+    assert lowered.count("stablehlo.convolution") == 3 - 1
+    assert "stablehlo.dot_general" not in lowered
+
+
+def test_a_frozen_kernel_keeps_no_activations():
+    x, kernel = jnp.ones((2, 4, 4, 3)), jnp.ones((3, 3, 3, 5))
+
+    def of_x(x):
+        return convolve(x, kernel, (1, 1), ((1, 1), (1, 1)))
+
+    _, vjp = jax.vjp(of_x, x)
+    assert all(leaf.size != x.size for leaf in jax.tree.leaves(vjp))
