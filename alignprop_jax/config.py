@@ -30,7 +30,7 @@ _CHOICES = {
     "loss.shape": SHAPES,
     "truncation.strategy": STRATEGIES,
     "gradient.reward_at": REWARD_AT,
-    "remat": REMAT_POLICIES,
+    "remat": ("auto", *REMAT_POLICIES),
     "attention": ("auto", *ATTENTION),
     "dtype": ("float32", "bfloat16"),
 }
@@ -162,9 +162,10 @@ def default_config() -> ConfigDict:
     config.evaluation.every = 0  # updates between evaluations; 0: before and after only
     config.evaluation.samples_per_prompt = 4
 
-    # What the backward pass evaluates again: none; step, each denoising step; block, that and each
-    # block of the UNet and of the decoder within.
-    config.remat = "step"
+    # What the backward pass evaluates again: none; partial, all but convolutions and attention;
+    # step, each denoising step; block, that and each block of the UNet and of the decoder within.
+    # auto: the fastest of the last three that there is memory for.
+    config.remat = "auto"
     config.attention = "auto"  # kernel (flash attention, on TPUs alone), blocks (of queries), plain
     config.dtype = "float32"  # of frozen weights and activations; LoRA is always float32
 

@@ -19,6 +19,7 @@ from alignprop_jax.loading.shapes_only import compute
 from alignprop_jax.models.execution import Execution
 from alignprop_jax.pretrained import load_stable_diffusion, open_model
 from alignprop_jax.prompts import load_prompts, tokenize
+from alignprop_jax.remat import choose_remat, device_memory
 from alignprop_jax.rewards import Reward, check_reward, make_reward
 from alignprop_jax.sampling import make_sampler
 from alignprop_jax.stable_diffusion import (
@@ -65,6 +66,7 @@ class Experiment:
     params: Params
     reward: Reward
     sample: Callable[..., Float[Array, "b H W 3"]]
+    remat: str  # of `sampling.REMAT_POLICIES`
     splits: dict[str, Split]
 
 
@@ -84,22 +86,25 @@ def load_experiment(config: ConfigDict, mesh: Mesh | None = None) -> Experiment:
     prompts = {TRAIN: load_prompts(config.prompts), UNSEEN: load_prompts(config.eval_prompts)}
     dtype = jnp.dtype(config.dtype)
     attend = sharding.choose_attention(config.attention, mesh)
-    execution = Execution(dtype, attend, remat=config.remat == "block")
+    execution = Execution(dtype, attend)
     sampler = config.sampler
     size = (sampler.height, sampler.width)
     shardings_of = functools.partial(sharding.of_frozen, mesh=mesh)
     sd, params, tokenizers = load_stable_diffusion(config.model, execution, size, shardings_of)
+    reward = make_reward(config.reward, tokenizers[0], _reward_options(config, dtype))
+    check_reward(reward, sd.image_shape, config.algorithm not in WITHOUT_REWARD_GRADIENT)
+    encoded = encode(sd, params, tokenizers, [config.negative_prompt, *sum(prompts.values(), [])])
+    remat = _remat(config, sd, params["unet"], encoded[:1], mesh)
+    if remat == "block":
+        sd = sd.executed(dataclasses.replace(execution, remat=True))
     sample = make_sampler(
         sd,
         sampler.num_steps,
         sampler.guidance_scale,
         sampler.eta,
-        config.remat,
+        remat,
         config.gradient.detach_input,
     )
-    reward = make_reward(config.reward, tokenizers[0], _reward_options(config, dtype))
-    check_reward(reward, sd.image_shape, config.algorithm not in WITHOUT_REWARD_GRADIENT)
-    encoded = encode(sd, params, tokenizers, [config.negative_prompt, *sum(prompts.values(), [])])
     everywhere = sharding.replicated(mesh)
     splits, start = {}, 1
     for name, texts in prompts.items():
@@ -114,8 +119,21 @@ def load_experiment(config: ConfigDict, mesh: Mesh | None = None) -> Experiment:
         params={"unet": params["unet"], "vae": params["vae"]},
         reward=dataclasses.replace(reward, params=reward_params),
         sample=sample,
+        remat=remat,
         splits=splits,
     )
+
+
+def _remat(
+    config: ConfigDict, sd: StableDiffusion, unet_params: Any, prompt: Conditioning, mesh: Mesh
+) -> str:
+    """The config's, or the best for the memory of the mesh's devices."""
+    if config.remat != "auto":
+        return config.remat
+    images = (config.train.microbatch_size or config.train.batch_size) / mesh.size
+    images *= 1 if config.sampler.guidance_scale == 1 else 2
+    num_steps = config.sampler.num_steps + config.gradient.renoise
+    return choose_remat(sd, unet_params, prompt, images, num_steps, device_memory(mesh))
 
 
 def load_reward(config: ConfigDict, name: str) -> Reward:

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree, Shaped
 
 from alignprop_jax.errors import UserError
 from alignprop_jax.lora import scale_lora
+from alignprop_jax.models import attention_functions, convolution
 from alignprop_jax.stable_diffusion import (
     Conditioning,
     Params,
@@ -18,10 +19,14 @@ from alignprop_jax.stable_diffusion import (
     decode_latents,
 )
 
-REMAT_POLICIES = ("none", "step", "block")
+REMAT_POLICIES = ("none", "partial", "step", "block")
+_KEEPS_ARGUMENTS_ALONE = ("step", "block")
+_COSTLY = jax.checkpoint_policies.save_only_these_names(
+    attention_functions.SAVED_NAME, convolution.SAVED_NAME
+)
 
 
-def gate_gradient(denoise: Callable[..., Array], recompute: bool) -> Callable[..., Array]:
+def gate_gradient(denoise: Callable[..., Array], remat: str) -> Callable[..., Array]:
     """Makes the passes of one denoiser call optional, decided at run time.
 
     The forward pass is `denoise` whatever the gate. The backward pass is a branch: with an open
@@ -31,14 +36,15 @@ def gate_gradient(denoise: Callable[..., Array], recompute: bool) -> Callable[..
 
     Args:
         denoise: `denoise(lora, x_t, constants) -> model_output`.
-        recompute: only the arguments are kept for the backward pass, which evaluates `denoise`
-            again; otherwise every activation is.
+        remat: what is kept for the backward pass: "none" keeps every activation; "partial" what
+            convolutions and attention gave, from which the rest is computed again; "step" and
+            "block" the arguments alone, with which all of `denoise` is evaluated again.
 
     Returns:
         `gated(gate, lora, x_t, constants, runs=None)`, differentiable in `lora` and `x_t`. The
         constants have no gradient, and therefore cost none. With `runs` the forward pass is a
         branch too, which evaluates nothing and gives zeros where it is False; the gate must be
-        closed there. What may not be evaluated cannot be kept, so that `recompute` is on then.
+        closed there. What may not be evaluated cannot be kept, so that only arguments are then.
     """
 
     @jax.custom_vjp
@@ -53,10 +59,16 @@ def gate_gradient(denoise: Callable[..., Array], recompute: bool) -> Callable[..
         )
 
     def forward(gate, lora, x_t, constants, runs):
-        if recompute or runs is not None:
+        if remat in _KEEPS_ARGUMENTS_ALONE or runs is not None:
             output = gated(gate, lora, x_t, constants, runs)
             return output, (gate, lora, x_t, constants, None)
-        output, vjp = jax.vjp(lambda lora, x_t: denoise(lora, x_t, constants), lora, x_t)
+
+        def evaluate(lora, x_t):
+            return denoise(lora, x_t, constants)
+
+        if remat == "partial":
+            evaluate = jax.checkpoint(evaluate, policy=_COSTLY, prevent_cse=False)
+        output, vjp = jax.vjp(evaluate, lora, x_t)
         return output, (gate, lora, x_t, None, vjp)
 
     def backward(residuals, cotangent):
@@ -81,14 +93,14 @@ def interleave(*batches: Shaped[Array, "b *s"]) -> Shaped[Array, "n*b *s"]:
 
 
 def make_denoiser(
-    sd: StableDiffusion, guidance_scale: float, recompute: bool = False, detach_input: bool = False
+    sd: StableDiffusion, guidance_scale: float, remat: str = "none", detach_input: bool = False
 ) -> Callable[..., Float[Array, "b h w c"]]:
     """Builds the UNet with classifier-free guidance.
 
     Args:
         guidance_scale: weight w of eps = u + w (c - u), Ho & Salimans, arXiv 2207.12598; 1 is
             without guidance, at half the cost.
-        recompute: the backward pass evaluates it again.
+        remat: with "step" and "block" the backward pass evaluates it again.
         detach_input: its input is a constant to the gradient.
 
     Returns:
@@ -98,7 +110,7 @@ def make_denoiser(
 
     def denoise(lora, x_t, constants):
         unet_params, conditioning, timestep = constants
-        if recompute:
+        if remat in _KEEPS_ARGUMENTS_ALONE:
             # Weights that are split over devices are to be gathered here, layer by layer. XLA would
             # do so once for all steps, and keep them whole.
             unet_params, x_t = jax.lax.optimization_barrier((unet_params, x_t))
@@ -109,8 +121,7 @@ def make_denoiser(
         )
         if guidance_scale == 1.0:
             return apply_unet(sd, variables, x_t, timestep, conditioning)
-        timestep = timestep if jnp.ndim(timestep) == 0 else interleave(timestep, timestep)
-        output = apply_unet(sd, variables, interleave(x_t, x_t), timestep, conditioning)
+        output = apply_unet(sd, variables, x_t, timestep, conditioning)
         unconditional, conditional = output[0::2], output[1::2]
         return unconditional + guidance_scale * (conditional - unconditional)
 
@@ -155,8 +166,8 @@ def make_sampler(
         guidance_scale: weight w of classifier-free guidance, eps = u + w (c - u), Ho & Salimans,
             arXiv 2207.12598; 1 samples without guidance, at half the cost.
         eta: 0 for deterministic DDIM, 1 for DDPM's noise.
-        remat: "step" and "block" evaluate each trained step again in the backward pass, "none"
-            stores it. What "block" does besides is up to the modules, see `Execution`.
+        remat: what of each step is stored for the backward pass, see `gate_gradient`. What "block"
+            does besides is up to the modules, see `Execution`.
         detach_input: the UNet's input is a constant to the gradient, see `GradientPath`.
 
     Returns:
@@ -169,10 +180,8 @@ def make_sampler(
     if remat not in REMAT_POLICIES:
         raise UserError(f"remat is {remat!r}; supported: {', '.join(REMAT_POLICIES)}")
     steps = sd.scheduler.plan(num_steps, eta)
-    recompute = remat != "none"
-
-    denoise = make_denoiser(sd, guidance_scale, recompute, detach_input)
-    gated_denoise = gate_gradient(denoise, recompute)
+    denoise = make_denoiser(sd, guidance_scale, remat, detach_input)
+    gated_denoise = gate_gradient(denoise, remat)
 
     def sample(
         params: Params,

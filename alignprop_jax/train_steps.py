@@ -96,12 +96,12 @@ def trace_train_step(
 
 
 def _fit(config: ConfigDict, experiment: Experiment) -> Fit:
-    sd, sampler, recompute = experiment.sd, config.sampler, config.remat != "none"
+    sd, sampler, remat = experiment.sd, config.sampler, experiment.remat
     if config.algorithm == "rwr":
-        denoise = make_denoiser(sd, 1.0, recompute)
+        denoise = make_denoiser(sd, 1.0, remat)
         return make_rwr_fit(denoise, sd.scheduler, config.rwr.temperature)
     return make_ddpo_fit(
-        make_denoiser(sd, sampler.guidance_scale, recompute),
+        make_denoiser(sd, sampler.guidance_scale, remat),
         sd.scheduler,
         sampler.num_steps,
         sampler.eta,

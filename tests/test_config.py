@@ -69,7 +69,7 @@ def test_every_truncation_strategy_is_allowed(strategy):
         ("gradient.renoise", -1, "gradient.renoise is -1"),
         ("loss.shape", "cubic", "config.loss.shape='cubic' must be one of target"),
         ("truncation.strategy", "none", "config.truncation.strategy='none' must be one of full"),
-        ("remat", "all", "config.remat='all' must be one of none, step"),
+        ("remat", "all", "config.remat='all' must be one of auto, none, partial"),
         ("dtype", "float16", "config.dtype='float16' must be one of float32, bfloat16"),
         ("train.batch_size", 0, "config.train.batch_size=0 must be above 0"),
         ("train.learning_rate", -1e-3, "config.train.learning_rate=-0.001 must be above 0"),

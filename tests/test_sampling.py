@@ -163,7 +163,7 @@ def torch_gradient(pipeline, inputs, lora):
     return gradient
 
 
-@pytest.fixture(scope="module", params=["step", "none", "block"])
+@pytest.fixture(scope="module", params=["step", "partial", "none", "block"])
 def reward_gradient(request, pipeline, inputs, lora):
     """The same gradient by the sampler, compiled once for all gates."""
     _, sd, params, _ = pipeline
@@ -226,9 +226,9 @@ def test_gradient_equals_finite_differences(reward_gradient, lora):
     np.testing.assert_allclose(actual, wanted, rtol=1e-2)
 
 
-@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize("remat", ["step", "partial", "none"])
 @pytest.mark.parametrize("may_stop", [False, True])
-def test_closed_gates_evaluate_nothing(recompute, may_stop):
+def test_closed_gates_evaluate_nothing(remat, may_stop):
     evaluations = []
 
     def denoise(lora, x, constants):
@@ -245,7 +245,7 @@ def test_closed_gates_evaluate_nothing(recompute, may_stop):
         observed.defvjp(lambda y: (y, None), backward)
         return observed(x * lora * constants)
 
-    gated = gate_gradient(denoise, recompute)
+    gated = gate_gradient(denoise, remat)
 
     @jax.jit
     def gradient(gates, runs, lora):
@@ -262,7 +262,7 @@ def test_closed_gates_evaluate_nothing(recompute, may_stop):
 
     runs = jnp.array([1, 1, 1, 1, 1, 0, 0] if may_stop else [1] * 5, bool)
     gates = jnp.array([0, 0, 0, 1, 1, 0, 0], bool)[: len(runs)]
-    expected_forward = 5 + 2 if recompute or may_stop else 5
+    expected_forward = 5 + 2 if remat != "none" or may_stop else 5
     value = gradient(gates, runs, 3.0)
     jax.effects_barrier()
     assert evaluations.count("forward") == expected_forward

@@ -8,8 +8,9 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import jax
 from jax.extend import core
+
+from alignprop_jax.jaxprs import inner_jaxprs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +98,9 @@ def _count_equation(
             return Arithmetic(flops / math.prod(params["lhs_dilation"]) / devices)
         case "scan":
             return count(params["jaxpr"], share_within, devices, matrix_unit) * params["length"]
+        case "cond" if params.get("branches_platforms"):
+            # The last is that of all platforms that have none of their own, such as TPUs.
+            return count(params["branches"][-1], share_within, devices, matrix_unit)
         case "cond":
             branches = [
                 count(branch, share_within, devices, matrix_unit) for branch in params["branches"]
@@ -115,9 +119,8 @@ def _count_equation(
             return Arithmetic(inside, padded, moved)
         case _:
             total = Arithmetic()
-            for inner in jax.tree.leaves(params, is_leaf=_is_jaxpr):
-                if _is_jaxpr(inner):
-                    total += count(inner, share_within, devices, matrix_unit)
+            for inner in inner_jaxprs(eqn):
+                total += count(inner, share_within, devices, matrix_unit)
             return total
 
 
@@ -140,14 +143,8 @@ def _padded_flops(jaxpr: Any, matrix_unit: int) -> float:
             total += (
                 2 * number * rows * math.prod(-(-n // matrix_unit) * matrix_unit for n in widths)
             )
-        for inner in jax.tree.leaves(eqn.params, is_leaf=_is_jaxpr):
-            if _is_jaxpr(inner):
-                total += _padded_flops(getattr(inner, "jaxpr", inner), matrix_unit)
+        total += sum(_padded_flops(inner, matrix_unit) for inner in inner_jaxprs(eqn))
     return total
-
-
-def _is_jaxpr(value: Any) -> bool:
-    return isinstance(value, core.Jaxpr | core.ClosedJaxpr)
 
 
 def _size(variable: Any) -> int:

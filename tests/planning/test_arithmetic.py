@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from alignprop_jax.models.attention_functions import attend_by_kernel
-from alignprop_jax.models.execution import SAVED_NAME
+from alignprop_jax.models import attention_functions
 from alignprop_jax.models.unet import UNet, UNetConfig
 from alignprop_jax.planning.arithmetic import count
 from alignprop_jax.pretrained import abstract_params
@@ -45,7 +44,7 @@ def test_a_network_and_its_gradient_count_as_the_compiler_counts_them():
 
 def test_loops_count_their_turns_and_gates_their_share():
     weights, x = jnp.ones((64, 64)), jnp.ones((8, 64))
-    gated = gate_gradient(lambda lora, x, constants: jnp.tanh(x @ constants) * lora, True)
+    gated = gate_gradient(lambda lora, x, constants: jnp.tanh(x @ constants) * lora, "step")
 
     def chain(lora, x):
         def step(x, gate):
@@ -64,6 +63,9 @@ def test_loops_count_their_turns_and_gates_their_share():
     # Forward; and where the gate is open forward again, and the gradient by x.
     assert count(jaxpr, share).flops == 7 * (1 + 0.25 * 2) * product
     assert places and all("transpose" in place for place in places)
+
+
+attend_by_kernel = functools.partial(attention_functions.attend_by_kernel, vmem_bytes=64 * 2**20)
 
 
 def test_kernels_are_counted_by_what_they_do_and_by_what_matrix_units_take():
@@ -85,7 +87,7 @@ def test_kernels_are_counted_by_what_they_do_and_by_what_matrix_units_take():
 def test_what_nothing_depends_on_is_not_counted():
     """A block that is evaluated again has kept what attention gave."""
     query = jax.ShapeDtypeStruct((1, 1024, 1, 128), jnp.bfloat16)
-    policy = jax.checkpoint_policies.save_only_these_names(SAVED_NAME)
+    policy = jax.checkpoint_policies.save_only_these_names(attention_functions.SAVED_NAME)
     block = jax.checkpoint(lambda x: attend_by_kernel(x, x, x), policy=policy)
     gradient = jax.grad(lambda x: block(jnp.sin(x)).astype(jnp.float32).sum())
     counted = count(jax.make_jaxpr(gradient)(query), always)
