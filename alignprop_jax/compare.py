@@ -69,6 +69,9 @@ if __name__ == "__main__":
     _SEEDS = flags.DEFINE_integer("seeds", 3, "of each method on each reward", lower_bound=1)
     _QUERIES = flags.DEFINE_integer("queries", 672, "of the reward, of a run", lower_bound=1)
     _EVALUATIONS = flags.DEFINE_integer("evaluations", 6, "after the first, of a run", 1)
+    _SAMPLES = flags.DEFINE_integer(
+        "samples_per_prompt", None, "of an evaluation, at most; by default the variant's", 1
+    )
     run_program(
         lambda argv: print(
             compare(
@@ -77,7 +80,7 @@ if __name__ == "__main__":
                 _REWARDS.value,
                 _METHODS.value,
                 _SEEDS.value,
-                Budget(_QUERIES.value, _EVALUATIONS.value),
+                Budget(_QUERIES.value, _EVALUATIONS.value, _SAMPLES.value),
             )
         )
     )

@@ -21,10 +21,12 @@ class Budget:
     Attributes:
         queries: images that the reward scores in training.
         evaluations: how often a run is evaluated after its beginning.
+        samples_per_prompt: of an evaluation at most; None for what the variant has.
     """
 
     queries: int
     evaluations: int
+    samples_per_prompt: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +94,10 @@ def plan_runs(
         spec = f"{config_file}:{reward}"
         settings = {"train.seed": seed, "logging.tensorboard": False, "logging.image_every": 0}
         config = method.config(spec, settings)
+        samples = config.evaluation.samples_per_prompt
+        settings["evaluation.samples_per_prompt"] = min(
+            samples, budget.samples_per_prompt or samples
+        )
         queries = config.train.batch_size * (1 + config.gradient.renoise)
         num_steps = budget.queries // queries
         if not num_steps:
