@@ -37,7 +37,6 @@ _CHOICES = {
 _POSITIVE = (
     "loss.scale",
     "sampler.num_steps",
-    "lora.rank",
     "lora.alpha",
     "train.num_steps",
     "train.batch_size",
@@ -55,6 +54,7 @@ _POSITIVE = (
     "rwr.temperature",
 )
 _NOT_NEGATIVE = (
+    "lora.rank",
     "train.weight_decay",
     "train.seed",
     "train.microbatch_size",
@@ -141,7 +141,7 @@ def default_config() -> ConfigDict:
     config.rwr.temperature = 0.2  # in standard deviations of the reward; low: only the best count
 
     config.lora = ConfigDict()
-    config.lora.rank = 4
+    config.lora.rank = 4  # 0: no LoRA but all weights of the UNet, a full fine-tuning
     config.lora.alpha = 4.0  # the update is alpha / rank * up @ down
     config.lora.init = ""  # LoRA file to go on from, of the same rank; empty: a fresh one
     config.lora.targets = ("to_q", "to_k", "to_v", "to_out.0")  # layers of every attention
@@ -189,6 +189,11 @@ def default_config() -> ConfigDict:
 def gradient_path(config: ConfigDict) -> GradientPath:
     """Returns the way of the gradient that the config describes."""
     return GradientPath(Truncation(**config.truncation), **config.gradient)
+
+
+def lora_scale(config: ConfigDict) -> float:
+    """Returns what factors are multiplied by, alpha / rank; 1 for a full fine-tuning."""
+    return config.lora.alpha / config.lora.rank if config.lora.rank else 1.0
 
 
 def load_config(spec: str) -> ConfigDict:
@@ -287,6 +292,10 @@ def validate(config: ConfigDict) -> None:
         config.checkpoint.keep_best,
         "0 where config.evaluation.every=0: rewards are what tells which is best",
     )
+    if config.lora.rank == 0:
+        cause = "for a full fine-tuning, config.lora.rank=0"
+        _check(config.dtype == "float32", "dtype", config.dtype, f"float32 {cause}")
+        _check(not config.lora.init, "lora.init", config.lora.init, f"empty {cause}")
     check_algorithm(config)
     if config.algorithm in WITHOUT_REWARD_GRADIENT:
         minibatches = config.rollouts.minibatches

@@ -19,7 +19,7 @@ from alignprop_jax.loading.shapes_only import compute
 from alignprop_jax.models.execution import Execution
 from alignprop_jax.pretrained import load_stable_diffusion, open_model
 from alignprop_jax.prompts import load_prompts, tokenize
-from alignprop_jax.remat import choose_remat, device_memory
+from alignprop_jax.remat import bytes_kept_of, choose_remat, device_memory
 from alignprop_jax.rewards import Reward, check_reward, make_reward
 from alignprop_jax.sampling import make_sampler
 from alignprop_jax.stable_diffusion import (
@@ -96,7 +96,7 @@ def load_experiment(config: ConfigDict, mesh: Mesh | None = None) -> Experiment:
     encoded = encode(sd, params, tokenizers, [config.negative_prompt, *sum(prompts.values(), [])])
     remat = _remat(config, sd, params["unet"], encoded[:1], mesh)
     if remat == "block":
-        sd = sd.executed(dataclasses.replace(execution, remat=True))
+        sd = sd.rematerialized()
     sample = make_sampler(
         sd,
         sampler.num_steps,
@@ -132,8 +132,9 @@ def _remat(
         return config.remat
     images = (config.train.microbatch_size or config.train.batch_size) / mesh.size
     images *= 1 if config.sampler.guidance_scale == 1 else 2
+    kept = images * bytes_kept_of(sd, unet_params, prompt)
     num_steps = config.sampler.num_steps + config.gradient.renoise
-    return choose_remat(sd, unet_params, prompt, images, num_steps, device_memory(mesh))
+    return choose_remat(kept, num_steps, device_memory(mesh))
 
 
 def load_reward(config: ConfigDict, name: str) -> Reward:

@@ -1,7 +1,8 @@
 """Low-rank adaptation (Hu et al., 2021, arXiv 2106.09685): a trainable tree beside frozen weights.
 
 The tree mirrors the modules of the adapted model and holds {"down": [in, r], "up": [r, out]} at
-each adapted linear layer, which computes x W + (alpha / r) (x down) up.
+each adapted linear layer, which computes x W + (alpha / r) (x down) up. The tree of a full
+fine-tuning holds {"change": [...]} at every weight instead, of the weight's own shape.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,10 @@ from alignprop_jax.errors import UserError
 LoraTree = Mapping[str, Any]
 
 ATTENTION_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+_CHANGE = "change"
+_SCALED = ("up", _CHANGE)
 
 
 def init_lora(
@@ -59,6 +64,32 @@ def init_lora(
     return unflatten_dict(factors)
 
 
+def init_changes(params: Mapping[str, Any]) -> LoraTree:
+    """A change of every weight, float32, all 0: the tree of a full fine-tuning.
+
+    Args:
+        params: the model's parameters, or anything of their shapes.
+    """
+    leaves = flatten_dict(params).items()
+    return unflatten_dict({(*path, _CHANGE): jnp.zeros(leaf.shape) for path, leaf in leaves})
+
+
+def adapt(params: Mapping[str, Any], lora: LoraTree | None) -> dict[str, Any]:
+    """The variables of a model with factors or changes, their scale folded in; None for neither.
+
+    Factors are a collection of their own, which linear layers look up; changes are added up.
+    """
+    changed, factors = flatten_dict(params), {}
+    for path, leaf in flatten_dict(lora or {}).items():
+        if path[-1] == _CHANGE:
+            weight = changed[path[:-1]]
+            changed[path[:-1]] = weight + leaf.astype(weight.dtype)
+        else:
+            factors[path] = leaf
+    variables = {"params": unflatten_dict(changed)}
+    return variables | {"lora": unflatten_dict(factors)} if factors else variables
+
+
 def linear_shapes(params: Mapping[str, Any]) -> dict[str, tuple[tuple[str, ...], int, int]]:
     """Path in the tree, input size and output size of every linear layer, by dotted name."""
     return {
@@ -69,10 +100,13 @@ def linear_shapes(params: Mapping[str, Any]) -> dict[str, tuple[tuple[str, ...],
 
 
 def scale_lora(lora: LoraTree, scale: float | Array) -> LoraTree:
-    """Folds the scale alpha / rank into `up`: the form in which a model takes its factors."""
+    """Folds the scale alpha / rank into `up`: the form in which a model takes its factors.
+
+    Changes of whole weights are multiplied by it.
+    """
     return unflatten_dict(
         {
-            path: leaf * scale if path[-1] == "up" else leaf
+            path: leaf * scale if path[-1] in _SCALED else leaf
             for path, leaf in flatten_dict(lora).items()
         }
     )

@@ -19,39 +19,38 @@ _SHARE = 0.5
 _ALL_ACTIVATIONS = 8
 
 
-def choose_remat(
-    sd: StableDiffusion,
-    params: Any,
-    conditioning: Conditioning,
-    num_images: float,
-    num_steps: int,
-    memory: int | None,
-) -> str:
+def choose_remat(bytes_kept: float, num_steps: int, memory: int | None) -> str:
     """The fastest of `sampling.REMAT_POLICIES` that a device has room for.
 
     Args:
-        params: of the UNet, or their shapes.
-        conditioning: of one prompt.
-        num_images: of a device that are in memory at a time, twice as many with guidance.
+        bytes_kept: of one step by "partial", of all images that a device has in memory.
         num_steps: of a sample.
         memory: bytes of a device; None where nobody knows.
 
     Returns:
-        "partial" where the outputs of all steps fit; else "step" where all activations of one do;
-        else "block".
+        "partial" where half of the memory holds what it keeps of all steps; else "step" where it
+        holds all activations of one; else "block".
     """
     if memory is None:
         return "block"
+    if bytes_kept * num_steps <= _SHARE * memory:
+        return "partial"
+    return "step" if bytes_kept * _ALL_ACTIVATIONS <= _SHARE * memory else "block"
 
-    def of_one(params, latents, conditioning):
-        return apply_unet(sd, {"params": params}, latents, jnp.int32(0), conditioning)
+
+def bytes_kept_of(sd: StableDiffusion, params: Any, prompt: Conditioning) -> int:
+    """What "partial" keeps of one image and prompt at one step.
+
+    Args:
+        params: of the UNet, or their shapes.
+        prompt: a single one.
+    """
+
+    def evaluate(params, latents, prompt):
+        return apply_unet(sd, {"params": params}, latents, jnp.int32(0), prompt)
 
     latents = jax.ShapeDtypeStruct((1, *sd.latent_shape), jnp.float32)
-    a_step = num_images * _saved_bytes(jax.make_jaxpr(of_one)(params, latents, conditioning).jaxpr)
-    room = _SHARE * memory
-    if a_step * num_steps <= room:
-        return "partial"
-    return "step" if a_step * _ALL_ACTIVATIONS <= room else "block"
+    return _bytes_of_names(jax.make_jaxpr(evaluate)(params, latents, prompt).jaxpr)
 
 
 def device_memory(mesh: Mesh) -> int | None:
@@ -65,12 +64,11 @@ def device_memory(mesh: Mesh) -> int | None:
         return None
 
 
-def _saved_bytes(jaxpr: Any) -> int:
-    """Of all that `checkpoint_name` gives one of the names that "partial" keeps."""
+def _bytes_of_names(jaxpr: Any) -> int:
     total = 0
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "name" and eqn.params["name"] in _SAVED_NAMES:
             total += sum(math.prod(v.aval.shape) * v.aval.dtype.itemsize for v in eqn.outvars)
         times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
-        total += times * sum(map(_saved_bytes, inner_jaxprs(eqn)))
+        total += times * sum(map(_bytes_of_names, inner_jaxprs(eqn)))
     return total

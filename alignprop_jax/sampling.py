@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree, Shaped
 
 from alignprop_jax.errors import UserError
-from alignprop_jax.lora import scale_lora
+from alignprop_jax.lora import adapt, scale_lora
 from alignprop_jax.models import attention_functions, convolution
 from alignprop_jax.stable_diffusion import (
     Conditioning,
@@ -116,9 +116,7 @@ def make_denoiser(
             unet_params, x_t = jax.lax.optimization_barrier((unet_params, x_t))
         if detach_input:
             x_t = jax.lax.stop_gradient(x_t)
-        variables = (
-            {"params": unet_params} if lora is None else {"params": unet_params, "lora": lora}
-        )
+        variables = adapt(unet_params, lora)
         if guidance_scale == 1.0:
             return apply_unet(sd, variables, x_t, timestep, conditioning)
         output = apply_unet(sd, variables, x_t, timestep, conditioning)
@@ -200,7 +198,8 @@ def make_sampler(
 
         Args:
             params: the frozen weights, "unet" and "vae".
-            lora: the UNet's low-rank factors with their scale folded in; None for the base model.
+            lora: the UNet's low-rank factors, or changes of its weights, with their scale folded
+                in; None for the base model.
             latents: standard normal noise.
             conditioning: the encoded prompts.
             uncond: the encoded negative prompts, one an image or one for all; not used without

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from alignprop_jax.errors import UserError
-from alignprop_jax.models.execution import Execution
 from alignprop_jax.schedulers import DDIMScheduler
 
 Params = dict[str, Any]
@@ -52,9 +51,12 @@ class StableDiffusion:
                     f"sampler.{name} is {size}; images of this model need a multiple of {unit}"
                 )
 
-    def executed(self, execution: Execution) -> "StableDiffusion":
-        """The model with its UNet and autoencoder computed that way."""
-        unet, vae = (module.clone(execution=execution) for module in (self.unet, self.vae))
+    def rematerialized(self) -> "StableDiffusion":
+        """The model whose UNet and autoencoder evaluate their blocks again, see `Execution`."""
+        unet, vae = (
+            module.clone(execution=dataclasses.replace(module.execution, remat=True))
+            for module in (self.unet, self.vae)
+        )
         return dataclasses.replace(self, unet=unet, vae=vae)
 
     @property

@@ -59,7 +59,8 @@ def describe_result(workdir: Workdir) -> str:
     return (
         f"reward {rise('reward')} on the prompts trained on, {rise('unseen')} on unseen ones, "
         f"after {summary['steps']} steps{judged}; "
-        f"pictures in {workdir.images}, LoRA in {workdir.lora}"
+        f"pictures in {workdir.images}, "
+        + (f"UNet in {workdir.unet}" if workdir.unet.exists() else f"LoRA in {workdir.lora}")
     )
 
 

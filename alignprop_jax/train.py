@@ -19,15 +19,14 @@ from ml_collections import ConfigDict
 from alignprop_jax import distributed, sharding
 from alignprop_jax.checkpoints import Checkpoints, make_fingerprint
 from alignprop_jax.compilation import enable_compilation_cache
-from alignprop_jax.config import define_config_flag, to_json, validate
+from alignprop_jax.config import define_config_flag, lora_scale, validate
 from alignprop_jax.cpu_devices import use_cores
 from alignprop_jax.dashboards import open_dashboards
 from alignprop_jax.errors import UserError, run_program
 from alignprop_jax.evaluation import Evaluator, make_evaluator, make_judges
 from alignprop_jax.experiment import TRAIN, UNSEEN, Experiment, load_experiment
-from alignprop_jax.kohya import save_kohya_lora
 from alignprop_jax.lora import count_parameters
-from alignprop_jax.lora_file import continue_lora, save_lora
+from alignprop_jax.lora_file import continue_lora
 from alignprop_jax.metrics import Record
 from alignprop_jax.progress import progress_bar
 from alignprop_jax.reports import Reports
@@ -35,6 +34,7 @@ from alignprop_jax.standardization import standardize_parts
 from alignprop_jax.state import TrainState
 from alignprop_jax.summary import describe_result, seconds_of_steps, summarize
 from alignprop_jax.train_steps import create_state, frozen_arguments, trace_train_step
+from alignprop_jax.trained_weights import save_trained
 from alignprop_jax.workdir import Workdir
 
 # After so many steps in a row without a finite gradient, no later one will have it.
@@ -91,7 +91,7 @@ def train(config: ConfigDict, path: epath.PathLike) -> None:
             if int(state.step) < config.train.num_steps:
                 print(f"stopped after step {int(state.step)}; the same command resumes the run")
                 return
-            save_loras(config, experiment, state, workdir)
+            save_trained(config, experiment, state, workdir)
             evaluate_after(int(state.step), state, workdir, reports)
     if distributed.is_main():
         seconds_earlier = sum(seconds_of_steps(workdir)[:first_step])
@@ -105,8 +105,9 @@ def start_from_file(config: ConfigDict, experiment: Experiment, state: TrainStat
 
     A run that is resumed has no more need of that file.
     """
-    scale = config.lora.alpha / config.lora.rank
-    lora = continue_lora(config.lora.init, state.lora, experiment.params["unet"], scale)
+    lora = continue_lora(
+        config.lora.init, state.lora, experiment.params["unet"], lora_scale(config)
+    )
     return state.replace(lora=sharding.put(lora, sharding.replicated(experiment.mesh)))
 
 
@@ -137,7 +138,7 @@ def open_reports(
         dashboards,
         evaluator,
         evaluator.experiment.splits,
-        lora_scale=config.lora.alpha / config.lora.rank,
+        lora_scale=lora_scale(config),
         judges=make_judges(config),
     )
 
@@ -145,8 +146,9 @@ def open_reports(
 def announce(config: ConfigDict, experiment: Experiment, state: TrainState) -> None:
     """Prints what is about to be trained."""
     start = f", resumed after step {int(state.step)}" if int(state.step) else ""
+    rank = config.lora.rank
     print(
-        f"{config.model}: LoRA of rank {config.lora.rank} with "
+        f"{config.model}: {f'LoRA of rank {rank}' if rank else 'all weights of the UNet'} with "
         f"{count_parameters(state.lora):,} parameters, reward {experiment.reward.name}, "
         f"{len(experiment.splits[TRAIN].prompts)} prompts, "
         f"{config.train.num_steps} steps of {config.train.batch_size} images "
@@ -231,30 +233,6 @@ def stop_if_hopeless(metrics: Record, step: int, checkpoints: Checkpoints) -> No
         f"the gradient was NaN or infinite {MAX_SKIPPED_IN_A_ROW} steps in a row, up to step {step}"
         f" ({'no checkpoint yet' if kept is None else f'the checkpoint of step {kept} is kept'}); "
         "lower config.train.learning_rate, or check the reward"
-    )
-
-
-def save_loras(
-    config: ConfigDict, experiment: Experiment, state: TrainState, workdir: Workdir
-) -> None:
-    """Writes the trained LoRA for diffusers and PEFT, and for ComfyUI and A1111's web UI."""
-    lora = sharding.gather(state.lora)
-    if not distributed.is_main():
-        return
-    metadata = {
-        "base_model": config.model,
-        "reward": experiment.reward.name,
-        "config": to_json(config),
-    }
-    alpha = config.lora.alpha
-    save_lora(workdir.lora, lora, alpha, metadata)
-    save_kohya_lora(
-        workdir.kohya_lora,
-        lora,
-        alpha,
-        experiment.params["unet"],
-        experiment.sd.scheduler.prediction_type,
-        metadata,
     )
 
 

@@ -16,9 +16,9 @@ from alignprop_jax.algorithms.optimizer import make_optimizer
 from alignprop_jax.algorithms.presets import WITHOUT_REWARD_GRADIENT
 from alignprop_jax.algorithms.rollouts import Fit, make_rollout_step
 from alignprop_jax.algorithms.rwr import make_rwr_fit
-from alignprop_jax.config import gradient_path
+from alignprop_jax.config import gradient_path, lora_scale
 from alignprop_jax.experiment import TRAIN, Experiment, make_keys
-from alignprop_jax.lora import init_lora
+from alignprop_jax.lora import init_changes, init_lora
 from alignprop_jax.losses import make_loss
 from alignprop_jax.sampling import make_denoiser
 from alignprop_jax.state import TrainState, create_train_state
@@ -33,7 +33,7 @@ def build_train_step(config: ConfigDict, experiment: Experiment) -> Callable[...
     settings = config.train
     common = {
         "latent_shape": experiment.sd.latent_shape,
-        "lora_scale": config.lora.alpha / config.lora.rank,
+        "lora_scale": lora_scale(config),
         "batch_size": settings.batch_size,
         "microbatch_size": settings.microbatch_size,
         "split_batch": sharding.split_batch(experiment.mesh),
@@ -68,8 +68,11 @@ def build_train_step(config: ConfigDict, experiment: Experiment) -> Callable[...
 
 def create_state(config: ConfigDict, experiment: Experiment) -> TrainState:
     """Returns the state before the first step of a fresh LoRA, on every device."""
-    keys, settings = make_keys(config.train.seed), config.lora
-    lora = init_lora(keys.lora, experiment.params["unet"], settings.rank, settings.targets)
+    keys, settings, weights = make_keys(config.train.seed), config.lora, experiment.params["unet"]
+    if settings.rank:
+        lora = init_lora(keys.lora, weights, settings.rank, settings.targets)
+    else:
+        lora = init_changes(weights)
     num_prompts = len(experiment.splits[TRAIN].prompts)
     history = create_history(config, num_prompts)
     state = create_train_state(lora, optimizer_of(config), keys.train, history)

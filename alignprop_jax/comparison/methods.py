@@ -17,6 +17,8 @@ ABLATIONS = {
     "k10": "alignprop truncation.strategy=last truncation.k=10",
     "random": "alignprop truncation.strategy=uniform",
     "full": "alignprop truncation.strategy=full",
+    # All weights of the UNet in place of a LoRA.
+    "all_weights": "alignprop lora.rank=0 train.learning_rate=1e-4",
 }
 """Methods of the paper's ablations, by a name that stands for a whole description."""
 
