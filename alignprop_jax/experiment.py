@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from alignprop_jax import sharding
 from alignprop_jax.algorithms.batches import PromptTable
 from alignprop_jax.algorithms.presets import WITHOUT_REWARD_GRADIENT
+from alignprop_jax.config import gradient_path
 from alignprop_jax.loading.shapes_only import compute
 from alignprop_jax.models.execution import Execution
 from alignprop_jax.pretrained import load_stable_diffusion, open_model
@@ -133,8 +134,11 @@ def _remat(
     images = (config.train.microbatch_size or config.train.batch_size) / mesh.size
     images *= 1 if config.sampler.guidance_scale == 1 else 2
     kept = images * bytes_kept_of(sd, unet_params, prompt)
-    num_steps = config.sampler.num_steps + config.gradient.renoise
-    return choose_remat(kept, num_steps, device_memory(mesh))
+    path, num_steps = gradient_path(config), config.sampler.num_steps
+    trained_steps = path.truncation.expected_steps(num_steps) + path.renoise
+    if config.algorithm in WITHOUT_REWARD_GRADIENT:
+        trained_steps = num_steps
+    return choose_remat(kept, num_steps + path.renoise, trained_steps, device_memory(mesh))
 
 
 def load_reward(config: ConfigDict, name: str) -> Reward:

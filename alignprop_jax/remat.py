@@ -15,25 +15,31 @@ from alignprop_jax.stable_diffusion import Conditioning, StableDiffusion, apply_
 _SAVED_NAMES = (attention_functions.SAVED_NAME, convolution.SAVED_NAME)
 # Of a device's memory, what activations may take.
 _SHARE = 0.5
+# To store a step takes a third to a quarter of the time that its trained steps save.
+_LEAST_TRAINED = 0.3
 # All activations of the networks here are so many times those that "partial" keeps.
 _ALL_ACTIVATIONS = 8
 
 
-def choose_remat(bytes_kept: float, num_steps: int, memory: int | None) -> str:
+def choose_remat(
+    bytes_kept: float, num_steps: int, trained_steps: float, memory: int | None
+) -> str:
     """The fastest of `sampling.REMAT_POLICIES` that a device has room for.
 
     Args:
         bytes_kept: of one step by "partial", of all images that a device has in memory.
         num_steps: of a sample.
+        trained_steps: of them, in the mean.
         memory: bytes of a device; None where nobody knows.
 
     Returns:
-        "partial" where half of the memory holds what it keeps of all steps; else "step" where it
-        holds all activations of one; else "block".
+        "partial" where half of the memory holds what it keeps of all steps, trained or not, and
+        where enough are trained for that to pay; else "step" where it holds all activations of one;
+        else "block".
     """
     if memory is None:
         return "block"
-    if bytes_kept * num_steps <= _SHARE * memory:
+    if trained_steps >= _LEAST_TRAINED * num_steps and bytes_kept * num_steps <= _SHARE * memory:
         return "partial"
     return "step" if bytes_kept * _ALL_ACTIVATIONS <= _SHARE * memory else "block"
 

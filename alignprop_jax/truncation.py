@@ -1,6 +1,7 @@
 """Truncated backpropagation through time: which denoising steps the reward's gradient may enter."""
 
 import dataclasses
+import statistics
 
 import jax
 import jax.numpy as jnp
@@ -81,6 +82,23 @@ class Truncation:
     def latest_phase(self, num_steps: int) -> int:
         """Where the first of the "spaced" steps is at the latest; at the earliest it is step 0."""
         return num_steps - 1 - (self.k - 1) * (num_steps // self.k)
+
+    def expected_steps(self, num_steps: int) -> float:
+        """How many of T = `num_steps` steps are trained in the mean, where all are run."""
+        match self.strategy:
+            case "full":
+                return num_steps
+            case "fixed":
+                return num_steps - self.start
+            case "last" | "spaced":
+                return self.k
+            case "uniform" | "per_step":
+                return num_steps - (self.min + self.max) / 2
+        # Sums over steps the probability that the truncated normal variable lies below the next.
+        normal = statistics.NormalDist(self.mean, self.std)
+        low, high = normal.cdf(1), normal.cdf(num_steps)
+        below = sum(normal.cdf(step + 1) - low for step in range(1, num_steps))
+        return below / (high - low)
 
     def draw(
         self, key: Key[Array, ""], num_steps: int, stop: Int[Array, ""] | None = None

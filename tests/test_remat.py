@@ -51,19 +51,20 @@ def test_what_is_kept_is_what_room_was_made_for(model):
 
 
 @pytest.mark.parametrize(
-    "num_steps, memory, policy",
+    "num_steps, trained_steps, memory, policy",
     [
-        (50, None, "block"),
-        (50, 10_000, "partial"),
-        (50, 9_999, "step"),
-        (50, 1_600, "step"),
-        (50, 1_599, "block"),
-        (5, 1_599, "partial"),
+        (50, 50, None, "block"),
+        (50, 25, 10_000, "partial"),
+        (50, 25, 9_999, "step"),
+        (50, 25, 1_600, "step"),
+        (50, 25, 1_599, "block"),
+        (5, 5, 1_599, "partial"),
+        (5, 1, 1_600, "step"),
     ],
 )
-def test_less_is_kept_where_there_is_less_memory(num_steps, memory, policy):
+def test_less_is_kept_where_there_is_less_memory(num_steps, trained_steps, memory, policy):
     """Of 100 bytes a step, and eight times that for all activations, in half of the memory."""
-    assert choose_remat(100, num_steps, memory) == policy
+    assert choose_remat(100, num_steps, trained_steps, memory) == policy
 
 
 def test_the_devices_of_a_cpu_share_its_memory():

@@ -97,6 +97,26 @@ def test_spaced_trains_k_steps_at_a_random_phase(num_steps, k, stride, phases):
 
 
 @pytest.mark.parametrize(
+    "strategy, settings",
+    [
+        ("full", {}),
+        ("fixed", {"start": 4}),
+        ("uniform", {"min": 2, "max": 10}),
+        ("gaussian", {"mean": 7.0, "std": 2.0}),
+        ("gaussian", {"mean": 2.0, "std": 5.0}),
+        ("per_step", {"min": 0, "max": 10}),
+        ("last", {"k": 3}),
+        ("spaced", {"k": 3}),
+    ],
+)
+def test_expected_steps_are_the_mean_of_the_draws(strategy, settings):
+    counts = draw_many(strategy, 10, **settings).sum(1)
+    error = counts.std() / math.sqrt(DRAWS)
+    expected = Truncation(strategy, **settings).expected_steps(10)
+    assert abs(counts.mean() - expected) <= 5 * error + 1e-9
+
+
+@pytest.mark.parametrize(
     ("trained", "first"),
     [([1, 1, 1], 0), ([0, 0, 1], 2), ([0, 1, 0], 1), ([0, 0, 0], 3)],
 )
