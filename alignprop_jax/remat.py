@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from alignprop_jax.jaxprs import inner_jaxprs
-from alignprop_jax.models import attention_functions, convolution
+from alignprop_jax.models import saved_names
 from alignprop_jax.stable_diffusion import Conditioning, StableDiffusion, apply_unet
 
-_SAVED_NAMES = (attention_functions.SAVED_NAME, convolution.SAVED_NAME)
+_SAVED_NAMES = (saved_names.ATTENTION, saved_names.CONVOLUTION)
 # Of a device's memory, what activations may take.
 _SHARE = 0.5
 # To store a step takes a third to a quarter of the time that its trained steps save.

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree, Shaped
 
 from alignprop_jax.errors import UserError
 from alignprop_jax.lora import adapt, scale_lora
-from alignprop_jax.models import attention_functions, convolution
+from alignprop_jax.models import saved_names
 from alignprop_jax.stable_diffusion import (
     Conditioning,
     Params,
@@ -22,7 +22,7 @@ from alignprop_jax.stable_diffusion import (
 REMAT_POLICIES = ("none", "partial", "step", "block")
 _KEEPS_ARGUMENTS_ALONE = ("step", "block")
 _COSTLY = jax.checkpoint_policies.save_only_these_names(
-    attention_functions.SAVED_NAME, convolution.SAVED_NAME
+    saved_names.ATTENTION, saved_names.CONVOLUTION
 )
 
 

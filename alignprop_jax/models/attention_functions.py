@@ -11,9 +11,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
-# What `checkpoint_name` calls outputs, and sums that their gradient needs: they are small, and so
-# much work, that a block of a network which is evaluated again had better have kept them.
-SAVED_NAME = "attention"
+from alignprop_jax.models import saved_names
 
 Attend = Callable[[Array, Array, Array], Array]
 
@@ -54,7 +52,7 @@ def _attend_forward(query, key, value, mask):
     out = _product("bhqk,bkhd->bhqd", weights.astype(value.dtype), value) / total
     out = out.astype(value.dtype).swapaxes(1, 2)
     log_sum = largest * scale + jnp.log(total)
-    out, log_sum = (checkpoint_name(x, SAVED_NAME) for x in (out, log_sum))
+    out, log_sum = (checkpoint_name(x, saved_names.ATTENTION) for x in (out, log_sum))
     return out, (query, key, value, mask, out, log_sum)
 
 

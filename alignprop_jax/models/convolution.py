@@ -8,8 +8,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-SAVED_NAME = "convolution"
-"""What `checkpoint_name` calls the results, which are much work for their size."""
+from alignprop_jax.models import saved_names
 
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 
@@ -31,7 +30,7 @@ def convolve(
     """
     del settings
     out = _convolve(x, kernel, tuple(strides), tuple(map(tuple, padding)))
-    return checkpoint_name(out, SAVED_NAME)
+    return checkpoint_name(out, saved_names.CONVOLUTION)
 
 
 def convolve_upsampled(

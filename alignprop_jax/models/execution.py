@@ -7,7 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from alignprop_jax.models.attention_functions import SAVED_NAME, Attend, attend_in_blocks
+from alignprop_jax.models import saved_names
+from alignprop_jax.models.attention_functions import Attend, attend_in_blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,4 +40,5 @@ class NetworkModule(nn.Module):
         """The class of a block of the network, as it is to be computed."""
         if not self.execution.remat:
             return module
-        return nn.remat(module, policy=jax.checkpoint_policies.save_only_these_names(SAVED_NAME))
+        policy = jax.checkpoint_policies.save_only_these_names(saved_names.ATTENTION)
+        return nn.remat(module, policy=policy)

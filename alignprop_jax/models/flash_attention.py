@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from alignprop_jax.models.attention_functions import SAVED_NAME
+from alignprop_jax.models import saved_names
 
 _BLOCKS, _LANES = (512, 256, 128), 128
 _NO_LOGIT = float(jnp.finfo(jnp.float32).min)
@@ -135,7 +135,7 @@ def _forward(query, key, value, num_heads, tiles, vmem_bytes):
         compiler_params=_compiler_params(vmem_bytes, "parallel", "parallel", "arbitrary"),
         name="attention",
     )(query, key, value)
-    out, log_sum = (checkpoint_name(x, SAVED_NAME) for x in (out, log_sum))
+    out, log_sum = (checkpoint_name(x, saved_names.ATTENTION) for x in (out, log_sum))
     return out, (query, key, value, out, log_sum)
 
 

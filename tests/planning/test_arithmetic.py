@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from alignprop_jax.models import attention_functions
+from alignprop_jax.models import attention_functions, saved_names
 from alignprop_jax.models.unet import UNet, UNetConfig
 from alignprop_jax.planning.arithmetic import count
 from alignprop_jax.pretrained import abstract_params
@@ -87,7 +87,7 @@ def test_kernels_are_counted_by_what_they_do_and_by_what_matrix_units_take():
 def test_what_nothing_depends_on_is_not_counted():
     """A block that is evaluated again has kept what attention gave."""
     query = jax.ShapeDtypeStruct((1, 1024, 1, 128), jnp.bfloat16)
-    policy = jax.checkpoint_policies.save_only_these_names(attention_functions.SAVED_NAME)
+    policy = jax.checkpoint_policies.save_only_these_names(saved_names.ATTENTION)
     block = jax.checkpoint(lambda x: attend_by_kernel(x, x, x), policy=policy)
     gradient = jax.grad(lambda x: block(jnp.sin(x)).astype(jnp.float32).sum())
     counted = count(jax.make_jaxpr(gradient)(query), always)
