@@ -5,7 +5,8 @@
 
 FOLDER is a Stable Diffusion pipeline. The peer needs an environment of its own, with trl==0.23.0,
 diffusers==0.35.2 and PyTorch; without --peer_python this package is timed alone. Prints a table of
-medians, and writes every number to the output.
+medians, and writes every number to the output. --curves=steps,images,pixels,rank times this
+package alone, with one quantity after the other varied.
 """
 
 import json
@@ -19,12 +20,17 @@ from typing import Any
 import numpy as np
 from absl import flags
 
+from alignprop_jax.benchmarking.curves import QUANTITIES, describe_curves, measure_curves
 from alignprop_jax.benchmarking.work import Work
 from alignprop_jax.errors import UserError, run_program
 from alignprop_jax.metrics import write_json
+from alignprop_jax.models.unet import UNetConfig
+from alignprop_jax.models.vae import VAEConfig
+from alignprop_jax.pretrained import open_model
 
 _PEER = Path(__file__).parent / "benchmarking" / "trl_peer.py"
 _OWN, _TRL = "alignprop_jax", "trl"
+_OWN_COMMAND = (sys.executable, "-m", "alignprop_jax.benchmarking.own")
 
 
 def benchmark(works: Sequence[Work], rounds: int, peer_python: str = "") -> list[dict[str, Any]]:
@@ -43,7 +49,7 @@ def benchmark(works: Sequence[Work], rounds: int, peer_python: str = "") -> list
     Raises:
         UserError: a process fails.
     """
-    commands = {_OWN: [sys.executable, "-m", "alignprop_jax.benchmarking.own"]}
+    commands = {_OWN: list(_OWN_COMMAND)}
     if peer_python:
         commands[_TRL] = [peer_python, str(_PEER)]
     results = []
@@ -104,19 +110,31 @@ def describe(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+def time_own(work: Work) -> float:
+    """The median seconds of this package, in a process of its own."""
+    return float(np.median(_run([*_OWN_COMMAND, *work.arguments()])["seconds"]))
+
+
+def edge_of(model: str) -> int:
+    """Pixels of an edge of a model's images."""
+    source = open_model(model)
+    sample_size = source.config("unet", UNetConfig.from_dict).sample_size
+    return sample_size * source.config("vae", VAEConfig.from_dict).downscale
+
+
 def main(argv: list[str]) -> None:
     del argv
-    works = [
-        Work(
-            _MODEL.value,
-            None if case == "sample" else int(case),
-            _BATCH_SIZE.value,
-            _NUM_STEPS.value,
-            _GUIDANCE_SCALE.value,
-            _REPEATS.value,
-        )
-        for case in _CASES.value
-    ]
+
+    def work(start: int | None) -> Work:
+        sizes = (_BATCH_SIZE.value, _NUM_STEPS.value, _GUIDANCE_SCALE.value, _REPEATS.value)
+        return Work(_MODEL.value, start, *sizes)
+
+    if _CURVES.value:
+        curves = measure_curves(_CURVES.value, work(0), edge_of(_MODEL.value), time_own)
+        write_json(Path(_OUTPUT.value), {"curves": curves})
+        print(describe_curves(curves))
+        return
+    works = [work(None if case == "sample" else int(case)) for case in _CASES.value]
     results = benchmark(works, _ROUNDS.value, _PEER_PYTHON.value)
     write_json(Path(_OUTPUT.value), {"results": results})
     print(describe(results))
@@ -128,6 +146,10 @@ if __name__ == "__main__":
     _PEER_PYTHON = flags.DEFINE_string("peer_python", "", "an interpreter that has TRL 0.23")
     _CASES = flags.DEFINE_list(
         "cases", ["0", "10", "19", "sample"], "first steps with gradient of updates, or sample"
+    )
+    _CURVES = flags.DEFINE_list("curves", [], f"quantities to vary, of {', '.join(QUANTITIES)}")
+    flags.register_validator(
+        "curves", lambda names: set(names) <= set(QUANTITIES), f"one of {', '.join(QUANTITIES)}"
     )
     _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "images", lower_bound=1)
     _NUM_STEPS = flags.DEFINE_integer("num_steps", 20, "denoising steps", lower_bound=1)

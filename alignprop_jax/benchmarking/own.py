@@ -29,6 +29,8 @@ def config_of(work: Work, prompts: Path) -> ConfigDict:
     config.loss.shape = "negative"
     config.sampler.num_steps = work.num_steps
     config.sampler.guidance_scale = work.guidance_scale
+    config.sampler.height = config.sampler.width = work.edge
+    config.lora.rank, config.lora.alpha = work.rank, float(work.rank)
     config.truncation.strategy = "fixed"
     config.truncation.start = work.start or 0
     config.truncation.max = work.num_steps - 1

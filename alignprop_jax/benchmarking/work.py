@@ -18,6 +18,8 @@ class Work:
         num_steps: denoising steps.
         guidance_scale: of classifier-free guidance.
         repeats: how often it is timed, after a first time that is not.
+        edge: height and width of the images in pixels; 0 for those of the model.
+        rank: of the LoRA.
     """
 
     model: str
@@ -26,6 +28,8 @@ class Work:
     num_steps: int
     guidance_scale: float
     repeats: int
+    edge: int = 0
+    rank: int = 4
 
     @property
     def name(self) -> str:
