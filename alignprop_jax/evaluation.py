@@ -100,9 +100,11 @@ class Evaluator:
                 )
                 for name, values in rewards.items():
                     scores[name].append(values[:size])
-                texts = [split.prompts[index] for index in prompts[batch]]
+                # Padding too, so that one program of a judge serves all batches.
+                padded = np.pad(prompts[batch], (0, len(images) - size), mode="edge")
+                texts = [split.prompts[index] for index in padded]
                 for name, scorer in (scorers or {}).items():
-                    scores[name].append(np.asarray(scorer(images[:size], texts)))
+                    scores[name].append(np.asarray(scorer(images, texts))[:size])
                 first_samples.append(to_uint8(images[: max(0, min(size, number - start))]))
                 progress.update(size)
         joined = {name: np.concatenate(parts) for name, parts in scores.items()}

@@ -42,6 +42,7 @@ def make_experiment():
         params={},
         reward=reward,
         sample=sample,
+        remat="step",
         splits={"train": Split(PROMPTS, table)},
     )
 
@@ -92,12 +93,13 @@ def test_scorers_see_every_sample_once_with_its_prompt():
     seen = []
 
     def judge(images, prompts):
-        assert images.shape == (len(prompts), 4, 4, 3)
+        # The last batch is filled up, so that a judge is compiled once.
+        assert images.shape == (2, 4, 4, 3) and len(prompts) == 2
         seen.extend(prompts)
         return images.max(axis=(1, 2, 3))
 
     found = evaluate(scorers={"judge": judge})
-    assert seen == PROMPTS * 3
+    assert seen[:15] == PROMPTS * 3
     assert found.scores["judge"].shape == (15,)
     assert found.scores.keys() == {"reward", "reward/half", "judge"}
 

@@ -37,6 +37,7 @@ def evaluator() -> Evaluator:
         params={},
         reward=weighted_sum(rewards, WEIGHTS),
         sample=plain.sample,
+        remat=plain.remat,
         splits={"train": split},
     )
     return Evaluator(experiment, jax.random.key(0), samples_per_prompt=4, batch_size=5)
