@@ -3,7 +3,6 @@
 import collections
 import copy
 import dataclasses
-import functools
 
 import jax
 import numpy as np
@@ -51,7 +50,9 @@ class Evaluator:
         self._samples_per_prompt = samples_per_prompt
         self._batch_size = batch_size
         self._rows_sharding = sharding.over_batch(experiment.mesh)
-        self._sample = jax.jit(functools.partial(self._sample_rows, key))
+        # An argument, and no constant of the program, which serves every seed then.
+        self._key = sharding.put(key, sharding.replicated(experiment.mesh))
+        self._sample = jax.jit(self._sample_rows)
         reward = experiment.reward
         scores = {"reward": reward.score}
         scores |= {f"reward/{name}": part for name, part in reward.parts.items()}
@@ -146,6 +147,7 @@ class Evaluator:
             lambda table: table[prompts], (split.table.conditioning, split.table.reward_inputs)
         )
         images = self._sample(
+            self._key,
             experiment.params,
             lora,
             conditioning,
