@@ -71,15 +71,19 @@ def _in_its_unit(judge: str, value: float) -> str:
 def judgements(workdir: Workdir, num_steps: int) -> dict[str, tuple[float, float]]:
     """Returns what every judge said before and after, over the samples of all splits."""
     records = workdir.evaluations.read()
+    names = dict.fromkeys(name for record in records for name in record)
     means = [
         name
-        for name in records[0]
+        for name in names
         if name.endswith("_mean") and not name.startswith(("reward_", "reward/"))
     ]
 
     def over_splits(name: str, step: int) -> float:
         at_step = [record for record in records if record["step"] == step]
-        opinions = [(record[name], record["n"]) for record in at_step if record[name] is not None]
+        # A judge may have no opinion on any prompt of a split.
+        opinions = [
+            (record[name], record["n"]) for record in at_step if record.get(name) is not None
+        ]
         values, sizes = zip(*opinions, strict=True) if opinions else ((math.nan,), (1,))
         return float(np.average(values, weights=sizes))
 
