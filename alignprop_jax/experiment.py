@@ -105,6 +105,7 @@ def load_experiment(config: ConfigDict, mesh: Mesh | None = None) -> Experiment:
         sampler.eta,
         remat,
         config.gradient.detach_input,
+        share=config.algorithm not in WITHOUT_REWARD_GRADIENT,
     )
     everywhere = sharding.replicated(mesh)
     splits, start = {}, 1
@@ -131,6 +132,9 @@ def _remat(
     """The config's, or the best for the memory of the mesh's devices."""
     if config.remat != "auto":
         return config.remat
+    if mesh.shape["fsdp"] > 1:
+        # Where a step is evaluated again, split weights are gathered; else once for all steps.
+        return "block"
     images = (config.train.microbatch_size or config.train.batch_size) / mesh.size
     images *= 1 if config.sampler.guidance_scale == 1 else 2
     kept = images * bytes_kept_of(sd, unet_params, prompt)

@@ -1,5 +1,6 @@
 """What is kept of the denoising steps for the backward pass, chosen by the memory there is."""
 
+import dataclasses
 import math
 import os
 from typing import Any
@@ -10,6 +11,7 @@ from jax.sharding import Mesh
 
 from alignprop_jax.jaxprs import inner_jaxprs
 from alignprop_jax.models import saved_names
+from alignprop_jax.models.attention_functions import attend_in_blocks
 from alignprop_jax.stable_diffusion import Conditioning, StableDiffusion, apply_unet
 
 _SAVED_NAMES = (saved_names.ATTENTION, saved_names.CONVOLUTION)
@@ -51,6 +53,10 @@ def bytes_kept_of(sd: StableDiffusion, params: Any, prompt: Conditioning) -> int
         params: of the UNet, or their shapes.
         prompt: a single one.
     """
+
+    # What is kept does not depend on how attention is computed, and one image on no device's share.
+    execution = dataclasses.replace(sd.unet.execution, attend=attend_in_blocks)
+    sd = dataclasses.replace(sd, unet=sd.unet.clone(execution=execution))
 
     def evaluate(params, latents, prompt):
         return apply_unet(sd, {"params": params}, latents, jnp.int32(0), prompt)

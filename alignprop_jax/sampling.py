@@ -93,7 +93,11 @@ def interleave(*batches: Shaped[Array, "b *s"]) -> Shaped[Array, "n*b *s"]:
 
 
 def make_denoiser(
-    sd: StableDiffusion, guidance_scale: float, remat: str = "none", detach_input: bool = False
+    sd: StableDiffusion,
+    guidance_scale: float,
+    remat: str = "none",
+    detach_input: bool = False,
+    share: bool = True,
 ) -> Callable[..., Float[Array, "b h w c"]]:
     """Builds the UNet with classifier-free guidance.
 
@@ -102,6 +106,8 @@ def make_denoiser(
             without guidance, at half the cost.
         remat: with "step" and "block" the backward pass evaluates it again.
         detach_input: its input is a constant to the gradient.
+        share: what guidance's two halves have in common is evaluated once, see `UNet`. XLA rounds
+            that differently from one batch to another, which importance weights would see.
 
     Returns:
         `denoise(lora, x_t, constants)`, where the constants are the UNet's parameters, the
@@ -119,6 +125,9 @@ def make_denoiser(
         variables = adapt(unet_params, lora)
         if guidance_scale == 1.0:
             return apply_unet(sd, variables, x_t, timestep, conditioning)
+        if not share:
+            x_t = interleave(x_t, x_t)
+            timestep = timestep if jnp.ndim(timestep) == 0 else interleave(timestep, timestep)
         output = apply_unet(sd, variables, x_t, timestep, conditioning)
         unconditional, conditional = output[0::2], output[1::2]
         return unconditional + guidance_scale * (conditional - unconditional)
@@ -155,6 +164,7 @@ def make_sampler(
     eta: float = 0.0,
     remat: str = "step",
     detach_input: bool = False,
+    share: bool = True,
 ) -> Callable[..., Float[Array, "n*b H W 3"]]:
     """Builds the differentiable sampler of AlignProp (arXiv 2310.03739) and its relatives.
 
@@ -167,6 +177,7 @@ def make_sampler(
         remat: what of each step is stored for the backward pass, see `gate_gradient`. What "block"
             does besides is up to the modules, see `Execution`.
         detach_input: the UNet's input is a constant to the gradient, see `GradientPath`.
+        share: see `make_denoiser`.
 
     Returns:
         `sample(params, lora, latents, conditioning, uncond, key, trained=None, stop=None,
@@ -178,7 +189,7 @@ def make_sampler(
     if remat not in REMAT_POLICIES:
         raise UserError(f"remat is {remat!r}; supported: {', '.join(REMAT_POLICIES)}")
     steps = sd.scheduler.plan(num_steps, eta)
-    denoise = make_denoiser(sd, guidance_scale, remat, detach_input)
+    denoise = make_denoiser(sd, guidance_scale, remat, detach_input, share)
     gated_denoise = gate_gradient(denoise, remat)
 
     def sample(

@@ -145,7 +145,9 @@ def decode_latents(
     letting it through, or not clipping, would pay for colours that no screen shows.
     """
     scaled = latents / sd.vae.config.scaling_factor
-    decoded = sd.vae.apply({"params": params["vae"]}, scaled, method="decode")
+    # Weights that are split over devices are gathered here, and not before a loop of microbatches.
+    vae_params, scaled = jax.lax.optimization_barrier((params["vae"], scaled))
+    decoded = sd.vae.apply({"params": vae_params}, scaled, method="decode")
     return jnp.clip(decoded.astype(jnp.float32) / 2 + 0.5, 0.0, 1.0)
 
 

@@ -104,7 +104,7 @@ def _fit(config: ConfigDict, experiment: Experiment) -> Fit:
         denoise = make_denoiser(sd, 1.0, remat)
         return make_rwr_fit(denoise, sd.scheduler, config.rwr.temperature)
     return make_ddpo_fit(
-        make_denoiser(sd, sampler.guidance_scale, remat),
+        make_denoiser(sd, sampler.guidance_scale, remat, share=False),
         sd.scheduler,
         sampler.num_steps,
         sampler.eta,

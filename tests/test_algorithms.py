@@ -249,7 +249,7 @@ class CountingUNet:
 
         observed.defvjp(lambda y: (y, None), backward)
         jax.debug.callback(self._count, "forward", x[0, 0, 0, 0])
-        return observed(0.5 * x * variables["lora"])
+        return observed(0.5 * x * variables["lora"]["all"]["up"])
 
     def _count(self, way, _):
         self.counts[way] += 1
@@ -270,7 +270,7 @@ def test_what_is_neither_run_nor_trained_costs_nothing(algorithm, remat):
     sample = make_sampler(sd, num_steps, 1.0, remat=remat, detach_input=path.detach_input)
     latents = jax.random.normal(jax.random.key(0), (1, 2, 2, 4))
     prompts = Conditioning(jnp.zeros((1, 3, 4)))
-    key = jax.random.key(1)
+    key, lora = jax.random.key(1), {"all": {"up": 0.7}}
 
     @jax.jit
     def gradient(lora, draw):
@@ -286,7 +286,7 @@ def test_what_is_neither_run_nor_trained_costs_nothing(algorithm, remat):
     for seed in range(4):
         draw = path.draw(jax.random.key(seed), num_steps)
         unet.counts.update(forward=0, backward=0)
-        assert gradient(0.7, draw) != 0 or not draw.trained.any()
+        assert gradient(lora, draw)["all"]["up"] != 0 or not draw.trained.any()
         jax.effects_barrier()
         num_trained = int(draw.trained.sum()) + path.renoise
         num_run = (num_steps if draw.stop is None else int(draw.stop) + 1) + path.renoise

@@ -14,7 +14,7 @@ from alignprop_jax.comparison.runs import Run
 from alignprop_jax.experiment import TRAIN, UNSEEN
 from alignprop_jax.metrics import write_atomically
 
-_LARGEST = 720  # pixels across a grid
+_LARGEST = 720  # pixels of a grid's longer edge
 _TEMPLATE = resources.files("alignprop_jax") / "assets" / "comparison.html"
 _PLACEHOLDER = '"COMPARISON"'
 
@@ -51,9 +51,7 @@ def _pictures(runs: Sequence[Run]) -> dict[str, dict[str, dict[str, str]]]:
 
 def _data_uri(file: Path) -> str:
     picture = Image.open(file).convert("RGB")
-    if picture.width > _LARGEST:
-        height = max(1, round(picture.height * _LARGEST / picture.width))
-        picture = picture.resize((_LARGEST, height), Image.Resampling.LANCZOS)
+    picture.thumbnail((_LARGEST, _LARGEST), Image.Resampling.LANCZOS)
     encoded = io.BytesIO()
-    picture.save(encoded, "WEBP", quality=80, method=6)
+    picture.save(encoded, "WEBP", quality=70, method=6)
     return "data:image/webp;base64," + base64.b64encode(encoded.getvalue()).decode("ascii")

@@ -12,7 +12,7 @@ from alignprop_jax.models.layers import Linear, conv, group_norm, repeat_rows
 class ResnetBlock(nn.Module):
     """Two convolutions with a residual; a time embedding, where given, is added between them.
 
-    There is one embedding for all images, or one for each or for each run of several.
+    There is one embedding for each image, or for each run of several.
     """
 
     features: int

@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 from alignprop_jax.models.attention import Transformer2D
@@ -141,8 +142,10 @@ def timestep_embedding(
     Vaswani et al., 2017, section 3.5.
     """
     half = dim // 2
-    frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(half) / (half - freq_shift))
-    angles = timesteps.astype(jnp.float32)[:, None] * frequencies[None, :]
+    # A constant: late timesteps make a rounding of it a thousand times as large, and compiled
+    # programs that round differently would not agree on the angle.
+    frequencies = np.exp(-np.log(10000.0) * np.arange(half) / (half - freq_shift))
+    angles = timesteps.astype(jnp.float32)[:, None] * frequencies.astype(np.float32)[None, :]
     sin, cos = jnp.sin(angles), jnp.cos(angles)
     embedding = jnp.concatenate([cos, sin] if flip_sin_to_cos else [sin, cos], axis=-1)
     return jnp.pad(embedding, ((0, 0), (0, dim - 2 * half)))
@@ -261,7 +264,9 @@ class UNet(NetworkModule):
         """
         config = self.config
         levels = len(config.channels)
-        timesteps = jnp.reshape(timesteps, -1)
+        # One for each image, even where all are the same: what DDPO weighs is how one evaluation
+        # departs from another, which had better round alike.
+        timesteps = jnp.broadcast_to(timesteps, sample.shape[:1])
         sinusoids = timestep_embedding(
             timesteps, config.channels[0], config.flip_sin_to_cos, config.freq_shift
         )
