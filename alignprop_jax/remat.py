@@ -14,7 +14,6 @@ from alignprop_jax.models import saved_names
 from alignprop_jax.models.attention_functions import attend_in_blocks
 from alignprop_jax.stable_diffusion import Conditioning, StableDiffusion, apply_unet
 
-_SAVED_NAMES = (saved_names.ATTENTION, saved_names.CONVOLUTION)
 # Of a device's memory, what activations may take.
 _SHARE = 0.5
 # To store a step takes a third to a quarter of the time that its trained steps save.
@@ -79,7 +78,7 @@ def device_memory(mesh: Mesh) -> int | None:
 def _bytes_of_names(jaxpr: Any) -> int:
     total = 0
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "name" and eqn.params["name"] in _SAVED_NAMES:
+        if eqn.primitive.name == "name" and eqn.params["name"] in saved_names.ALL:
             total += sum(math.prod(v.aval.shape) * v.aval.dtype.itemsize for v in eqn.outvars)
         times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
         total += times * sum(map(_bytes_of_names, inner_jaxprs(eqn)))

@@ -21,9 +21,7 @@ from alignprop_jax.stable_diffusion import (
 
 REMAT_POLICIES = ("none", "partial", "step", "block")
 _KEEPS_ARGUMENTS_ALONE = ("step", "block")
-_COSTLY = jax.checkpoint_policies.save_only_these_names(
-    saved_names.ATTENTION, saved_names.CONVOLUTION
-)
+_COSTLY = jax.checkpoint_policies.save_only_these_names(*saved_names.ALL)
 
 
 def gate_gradient(denoise: Callable[..., Array], remat: str) -> Callable[..., Array]:
