@@ -1,5 +1,9 @@
-"""Compiled programs kept on disk, so that the second start of a run takes seconds."""
+"""Compiled programs kept on disk, so that the second start of a run takes seconds.
 
+And the memory that compiling took, given back.
+"""
+
+import ctypes
 import os
 from pathlib import Path
 
@@ -21,3 +25,14 @@ def enable_compilation_cache() -> None:
     except OSError:
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def release_freed_memory() -> None:
+    """Gives back to the system what compiling has freed, 0.7 GB of a small model's train step.
+
+    glibc keeps it, in pieces too small for the arrays of a run, which would come on top of it.
+    Elsewhere there is nothing to do.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

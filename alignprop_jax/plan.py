@@ -16,17 +16,20 @@ from ml_collections import ConfigDict
 from alignprop_jax.config import define_config_flag, validate
 from alignprop_jax.errors import run_program
 from alignprop_jax.planning.chips import GIB
-from alignprop_jax.planning.estimate import Estimate, estimate
+from alignprop_jax.planning.estimate import Estimate, estimate, estimate_memory
 from alignprop_jax.planning.microbatch import advice, suggest_microbatch
 from alignprop_jax.planning.topology import Topology
 
 
-def plan(config: ConfigDict, topology: str, search: bool = True) -> dict[str, Any]:
+def plan(
+    config: ConfigDict, topology: str, search: bool = True, timing: bool = True
+) -> dict[str, Any]:
     """Compiles the train step of `config` for a slice, prints a table and returns the numbers.
 
     Args:
         topology: as for `Topology.parse`.
-        search: compiles further microbatches, for the largest that fits.
+        search: looks for the largest microbatch that fits.
+        timing: how long a step takes, too, and how large the program is.
 
     Raises:
         UserError: the config or the topology cannot be used.
@@ -34,7 +37,7 @@ def plan(config: ConfigDict, topology: str, search: bool = True) -> dict[str, An
     slice_ = Topology.parse(topology)
     validate(config)
     print(f"compiling {config.model} for {slice_} ({slice_.num_chips} chips) ...", flush=True)
-    result = estimate(config, slice_)
+    result = (estimate if timing else estimate_memory)(config, slice_)
     suggested = suggest_microbatch(config, result) if search else None
     print(describe(result))
     numbers = to_dict(result) | {
@@ -46,7 +49,7 @@ def plan(config: ConfigDict, topology: str, search: bool = True) -> dict[str, An
 
 
 def to_dict(result: Estimate) -> dict[str, Any]:
-    """The numbers of an estimate, those of time and traffic None where it does not fit."""
+    """The numbers of an estimate; those of time are None where they are not known."""
     chip = result.topology.chip
     seconds = result.seconds
     total = sum(seconds.values())
@@ -84,6 +87,8 @@ def describe(result: Estimate) -> str:
         ("operations a step", f"{result.arithmetic.flops * result.topology.num_chips:.3g} FLOP"),
     ]
     if result.cost is not None:
+        rows += [("collectives of a chip", f"{result.cost.collective_bytes.total() / 1e6:.3g} MB")]
+    if result.seconds:
         seconds = sum(result.seconds.values())
         rows += [("seconds a step", f"{seconds:.3g}")]
         rows += [
@@ -93,7 +98,6 @@ def describe(result: Estimate) -> str:
         rows += [
             ("images a second", f"{result.images_per_step / seconds:.3g}"),
             ("share of peak", f"{result.share_of_peak:.1%}"),
-            ("collectives of a chip", f"{result.cost.collective_bytes.total() / 1e6:.3g} MB"),
         ]
     rows.append(("seconds to compile here", f"{result.compile_seconds:.0f}"))
     return "\n".join(f"{name:28}{value:>24}" for name, value in rows)
@@ -104,7 +108,12 @@ if __name__ == "__main__":
     _TOPOLOGY = flags.DEFINE_string(
         "topology", None, "the slice: v5e:4x4, v4:2x2x1, or v5litepod-16, v4-8", required=True
     )
-    _SEARCH = flags.DEFINE_bool(
-        "search", True, "compile further microbatches, for the largest that fits"
+    _SEARCH = flags.DEFINE_bool("search", True, "look for the largest microbatch that fits")
+    _TIMING = flags.DEFINE_bool(
+        "timing", True, "how long a step takes, too, for which all of its code has to be written"
     )
-    run_program(lambda argv: print(json.dumps(plan(_CONFIG.value, _TOPOLOGY.value, _SEARCH.value))))
+    run_program(
+        lambda argv: print(
+            json.dumps(plan(_CONFIG.value, _TOPOLOGY.value, _SEARCH.value, _TIMING.value))
+        )
+    )

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from alignprop_jax import distributed, sharding
 from alignprop_jax.checkpoints import Checkpoints, make_fingerprint
-from alignprop_jax.compilation import enable_compilation_cache
+from alignprop_jax.compilation import enable_compilation_cache, release_freed_memory
 from alignprop_jax.config import define_config_flag, lora_scale, validate
 from alignprop_jax.cpu_devices import use_cores
 from alignprop_jax.dashboards import open_dashboards
@@ -163,6 +163,7 @@ def compile_train_step(
     print("compiling the train step ...", end=" ", flush=True)
     began = time.perf_counter()
     compiled = trace_train_step(config, experiment, state).lower().compile()
+    release_freed_memory()
     seconds = time.perf_counter() - began
     print(f"{seconds:.0f} s", flush=True)
     return functools.partial(compiled, *frozen_arguments(experiment)), seconds

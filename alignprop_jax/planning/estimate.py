@@ -1,9 +1,13 @@
 """One train step, compiled for a TPU slice, and what it costs there."""
 
 import dataclasses
-import re
+import multiprocessing
+import os
+import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,14 +20,13 @@ from alignprop_jax.config import gradient_path
 from alignprop_jax.experiment import load_experiment
 from alignprop_jax.loading.shapes_only import shapes_only
 from alignprop_jax.planning.arithmetic import Arithmetic, count
+from alignprop_jax.planning.compiler import Compiled, compile_layout, compile_whole, dump_to
 from alignprop_jax.planning.hlo_cycles import ProgramCost, program_cost
 from alignprop_jax.planning.topology import Topology
 from alignprop_jax.train_steps import create_state, frozen_arguments, trace_train_step
 
 # Draws of the trained steps whose mean is what a step costs.
 _NUM_DRAWS = 1000
-_EXHAUSTED = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm")
-_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,11 +37,11 @@ class Estimate:
         topology: where it is to run.
         images_per_chip: that are in memory at a time.
         images_per_step: of all chips.
-        memory: bytes of a chip, by what they hold.
+        memory: bytes of a chip, by what they hold; "program" only where its code was written.
         fits: whether a chip has as many.
         arithmetic: of a chip, of the mean step.
-        cost: of a chip, of the mean step; None where it does not fit, and is not compiled to the
-            end.
+        cost: of a chip, of the mean step; None where it does not fit. Without cycles where the
+            program's code was not written.
         compile_seconds: on this machine.
     """
 
@@ -53,8 +56,8 @@ class Estimate:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Of a mean step, by what takes them; none overlaps with another."""
-        if self.cost is None:
+        """Of a mean step, by what takes them; none overlaps with another. Empty where unknown."""
+        if self.cost is None or not self.cost.cycles:
             return {}
         chip, arithmetic = self.topology.chip, self.arithmetic
         return {
@@ -79,6 +82,55 @@ def estimate(config: ConfigDict, topology: Topology) -> Estimate:
         UserError: the config's models or files cannot be found, it does not divide among the chips,
             or the TPU's compiler is not installed.
     """
+    return _estimate(config, topology, compile_whole)
+
+
+def estimate_memory(config: ConfigDict, topology: Topology) -> Estimate:
+    """As `estimate`, without the size of the program and how long it takes; in a tenth of the time.
+
+    It is done in a process of its own, which is ended where the compiler would go on.
+
+    Raises:
+        UserError: as `estimate`.
+    """
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as dump:
+        receiver, sender = context.Pipe(duplex=False)
+        arguments = (config, config.reward, topology, Path(dump), sender)
+        process = context.Process(target=_send_memory, args=arguments, daemon=True)
+        process.start()
+        sender.close()
+        try:
+            result = receiver.recv()
+        except EOFError as error:
+            process.join()
+            raise RuntimeError(
+                f"the TPU's compiler ended with exit code {process.exitcode}"
+            ) from error
+        finally:
+            process.kill()
+            process.join()
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+def _send_memory(
+    config: ConfigDict, reward: Any, topology: Topology, dump: Path, sender: Connection
+) -> None:
+    config.reward = reward  # Pickled inside a config, a dict of weights becomes a config, too.
+    dump_to(dump)
+    try:
+        sender.send(_estimate(config, topology, lambda traced: compile_layout(traced, dump)))
+    except Exception as error:
+        sender.send(error)
+    sender.close()
+    os._exit(0)  # The compiler is still at it.
+
+
+def _estimate(
+    config: ConfigDict, topology: Topology, compile_: Callable[[jax.stages.Traced], Compiled]
+) -> Estimate:
     mesh = sharding.make_mesh(config.mesh.fsdp, topology.devices())
     with shapes_only():
         experiment = load_experiment(config, mesh)
@@ -94,29 +146,20 @@ def estimate(config: ConfigDict, topology: Topology) -> Estimate:
         "prompts": bytes_a_device(prompts),
         "lora_and_optimizer": bytes_a_device(state),
     }
-    cost = None
-    try:
-        compiled = traced.lower().compile()
-    except jax.errors.JaxRuntimeError as error:
-        used = _EXHAUSTED.search(str(error))
-        if used is None:
-            raise
-        number, unit, _, _ = used.groups()
-        memory["temporaries"] = int(float(number) * _UNITS[unit]) - sum(memory.values())
-    else:
-        analysis = compiled.memory_analysis()
-        memory["temporaries"] = analysis.temp_size_in_bytes
-        memory["program"] = analysis.generated_code_size_in_bytes
-        cost = program_cost(compiled.as_text(), share_of)
+    compiled = compile_(traced)
+    found = dict(compiled.memory)
+    if "all" in found:
+        found["temporaries"] = found.pop("all") - sum(memory.values())
+    memory |= found
     settings = config.train
     return Estimate(
         topology,
         (settings.microbatch_size or settings.batch_size) // mesh.size,
         settings.batch_size,
         memory,
-        cost is not None,
+        compiled.text is not None,
         count(traced.jaxpr, share_of, mesh.size, topology.chip.matrix_unit),
-        cost,
+        compiled.text and program_cost(compiled.text, share_of),
         time.perf_counter() - began,
     )
 

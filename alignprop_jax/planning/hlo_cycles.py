@@ -80,11 +80,12 @@ def program_cost(text: str, share_of: Callable[[str], float]) -> ProgramCost:
             trips = _trip_count(computations[_called(rest, "condition")[0]])
             total.add(cost_of(_called(rest, "body")[0]), trips)
         elif opcode == "conditional":
-            branches = [cost_of(name) for name in _called(rest, "branch_computations")]
-            branches.sort(key=lambda cost: cost.cycles.total())
+            # Where the compiler has not said which branch costs more, the longer one does.
+            names = _called(rest, "branch_computations")
+            names.sort(key=lambda name: (cost_of(name).cycles.total(), len(computations[name])))
             share = share_of(op_name)
-            total.add(branches[-1], share)
-            total.add(branches[0], 1 - share)
+            total.add(cost_of(names[-1]), share)
+            total.add(cost_of(names[0]), 1 - share)
         elif opcode in ("call", "async-start"):
             for name in _called(rest, "to_apply") + _called(rest, "calls"):
                 total.add(cost_of(name), 1)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from ml_collections import ConfigDict
 
 from alignprop_jax.planning.chips import GIB
-from alignprop_jax.planning.estimate import Estimate, estimate
+from alignprop_jax.planning.estimate import Estimate, estimate_memory
 
 # What grows with the number of images.
 _OF_IMAGES = "temporaries"
@@ -15,7 +15,7 @@ _MOST_COMPILATIONS = 4
 
 
 def suggest_microbatch(config: ConfigDict, result: Estimate) -> Estimate | None:
-    """The largest microbatch that fits, compiled; None where not even one image a chip was found.
+    """The largest microbatch that fits; None where not even one image a chip was found.
 
     Candidates are the divisors of the batch that every chip can have a share of. The first is what
     would fit if all temporaries grew with the images; from there it goes up or down.
@@ -27,7 +27,7 @@ def suggest_microbatch(config: ConfigDict, result: Estimate) -> Estimate | None:
         if images not in tried:
             changed = copy.deepcopy(config)
             changed.train.microbatch_size = images * result.topology.num_chips
-            tried[images] = estimate(changed, result.topology)
+            tried[images] = estimate_memory(changed, result.topology)
         return tried[images]
 
     room = result.topology.chip.hbm_bytes - sum(
@@ -60,12 +60,10 @@ def advice(config: ConfigDict, result: Estimate, suggested: Estimate | None) -> 
     chips = result.topology.num_chips
     if suggested is not None and suggested.images_per_chip != result.images_per_chip:
         size = suggested.images_per_chip * chips
-        seconds = sum(suggested.seconds.values())
         memory = sum(suggested.memory.values()) / GIB
         return [
             f"largest that fits: --config.train.microbatch_size={size}, "
-            f"{suggested.images_per_chip} images of a chip at a time, {memory:.2f} GiB, "
-            f"{seconds:.3g} seconds a step"
+            f"{suggested.images_per_chip} images of a chip at a time, {memory:.2f} GiB"
         ]
     if result.fits:
         return []

@@ -30,7 +30,7 @@ def search(monkeypatch, images, *line):
         compiled.append(config.train.microbatch_size // 4)
         return made_up(compiled[-1], *line)
 
-    monkeypatch.setattr(microbatch, "estimate", estimate)
+    monkeypatch.setattr(microbatch, "estimate_memory", estimate)
     config = default_config()
     config.train.batch_size, config.train.microbatch_size = 128, images * 4
     return microbatch.suggest_microbatch(config, made_up(images, *line)), compiled

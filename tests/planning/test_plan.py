@@ -56,6 +56,25 @@ def test_collectives_are_the_gradient_of_the_factors_and_scalars(numbers, nano_c
     assert size <= numbers[1]["collective_bytes_per_chip"] <= size + 64
 
 
+def test_memory_alone_is_that_of_the_whole_program(numbers, nano_config):
+    """The compiler is ended before it writes code, from which nothing of this would change."""
+    arguments = ("--config.train.batch_size=16", "--config.train.microbatch_size=8")
+    process = plan(nano_config, "v5litepod-4", "--notiming", "--search=False", *arguments)
+    assert process.returncode == 0, process.stderr
+    whole, early = dict(numbers[1]), json.loads(process.stdout.splitlines()[-1])
+    whole_memory, early_memory = (n.pop("hbm_gb_per_chip_of") for n in (whole, early))
+    del whole_memory["program"]
+    assert early_memory == pytest.approx(whole_memory, abs=2e-4)  # rounded to 1e-4 GiB
+    assert "seconds a step" not in process.stdout
+    for name, value in early.items():
+        if name in ("seconds_per_step", "seconds_per_step_of", "images_per_second"):
+            assert value is None
+        elif name == "share_of_peak":
+            assert value is None
+        elif name not in ("compile_seconds", "hbm_gb_per_chip"):
+            assert value == whole[name], name
+
+
 def test_more_chips_than_images_are_refused(nano_config):
     process = plan(nano_config, "v5e:4x4")
     assert process.returncode == 1
