@@ -10,7 +10,16 @@ from alignprop_jax.algorithms.presets import PRESETS, use_algorithm
 from alignprop_jax.config import check_key, load_config, validate
 from alignprop_jax.errors import UserError
 
-DEFAULT_METHODS = ("alignprop", "draft_k", "draft_lv", "refl", "drtune", "ddpo", "rwr")
+DEFAULT_METHODS = (
+    "alignprop",
+    "draft_k",
+    "draft_lv",
+    "refl",
+    "drtune",
+    "ddpo",
+    # At the learning rates of configs/emoji.py it falls apart.
+    "rwr train.learning_rate=3e-4",
+)
 ABLATIONS = {
     # Of the paper, section 5.4: which steps the gradient enters.
     "k1": "alignprop truncation.strategy=last truncation.k=1",
