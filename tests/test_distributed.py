@@ -60,11 +60,12 @@ def wait_for_steps(workdir, processes, number):
 
 
 def test_two_processes_train_as_one_through_sigterm_and_kill(nano_config, tmp_path):
-    steps = f"--config.train.num_steps={NUM_STEPS}"
+    settings = (f"--config.train.num_steps={NUM_STEPS}", "--config.checkpoint.every=20")
+    settings += ("--config.logging.image_every=40",)
     alone, together = tmp_path / "alone", tmp_path / "together"
 
     # SIGTERM to one of them: both stop after the same step, with a checkpoint of it.
-    processes = start(nano_config, [together] * 2, steps)
+    processes = start(nano_config, [together] * 2, *settings)
     wait_for_steps(together, processes, 3)
     processes[1].send_signal(signal.SIGTERM)
     (printed, _), (silent, _) = finish(processes)
@@ -75,7 +76,7 @@ def test_two_processes_train_as_one_through_sigterm_and_kill(nano_config, tmp_pa
     assert not said_by_us(silent)
 
     # One dies: the other says so, and does not wait for it.
-    processes = start(nano_config, [together] * 2, steps)
+    processes = start(nano_config, [together] * 2, *settings)
     wait_for_steps(together, processes, stopped + 3)
     processes[1].kill()
     began = time.monotonic()
@@ -86,12 +87,12 @@ def test_two_processes_train_as_one_through_sigterm_and_kill(nano_config, tmp_pa
     assert not (together / "summary.json").exists()
 
     # Started again, they finish what one process would have done in one go.
-    processes = start(nano_config, [together] * 2, steps)
+    processes = start(nano_config, [together] * 2, *settings)
     (printed, errors), (silent, _) = finish(processes)
     assert [process.returncode for process in processes] == [0, 0], errors
     assert "resumed after step" in printed and "on 2 cpu device(s)" in printed
     assert not said_by_us(silent)
-    process = nano_run.run("train", nano_config, alone, steps)
+    process = nano_run.run("train", nano_config, alone, *settings)
     assert process.returncode == 0, process.stderr
     for name in ("metrics.jsonl", "eval.jsonl"):
         records, expected = (nano_run.read_records(path / name) for path in (together, alone))
