@@ -1,6 +1,7 @@
 """The parts of a latent diffusion model, what its UNet is told, and its images."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -129,10 +130,15 @@ def apply_unet(
         height, width = (size * downscale for size in x_t.shape[1:3])
         sizes = jnp.array([height, width, 0, 0, height, width], jnp.float32)
         time_ids = jnp.broadcast_to(sizes, (conditioning.pooled.shape[0], sizes.size))
-    output = sd.unet.apply(
-        variables, x_t, timestep, conditioning.hidden_states, conditioning.pooled, time_ids
+    return _traced_once(
+        sd.unet, variables, x_t, timestep, conditioning.hidden_states, conditioning.pooled, time_ids
     )
-    return output.astype(jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _traced_once(unet: nn.Module, variables: Params, *inputs: Any) -> Float[Array, "n h w c"]:
+    """A program of its own to JAX, which is why it is traced once for all that evaluates it."""
+    return unet.apply(variables, *inputs).astype(jnp.float32)
 
 
 def decode_latents(
