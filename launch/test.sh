@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Runs the tests on this machine's CPU, with what is given passed on to pytest:
+# Runs the tests on this machine's CPU, in a process a core, up to four, with what is given
+# passed on to pytest:
 #
 #   bash launch/test.sh [-k WORDS | -m slow | tests/test_FILE.py ...]
 #
-# in as many processes as there are cores, up to four; -n 0 runs them in one, as --pdb needs.
-# Sets up .venv first, with PyTorch and diffusers, which the tests compare with.
+# With -n 0 it is one process, as --pdb needs. Sets up .venv first, with PyTorch and diffusers,
+# which the tests compare with.
 
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 
 from alignprop_jax.planning.hlo_cycles import num_bytes, program_cost
@@ -50,6 +52,15 @@ def test_loops_and_conditionals_are_taken_as_often_as_they_are_run():
         {"tanh": 7 * 0.25 * 100, "broadcast": 7 * 0.75 * 20, "copy": 5}
     )
     assert cost.collective_bytes == {"all-gather": 7 * (8 + 16) / 2, "all-reduce": 4 * 16}
+
+
+def test_without_cycles_the_longer_branch_is_the_costlier():
+    gather = "  %all-gather.2 = f32[16]{0} all-gather(%w), replica_groups={{0,1}}\n"
+    text = re.sub(r', backend_config=\{"estimated_cycles":"\d+"\}', "", PROGRAM)
+    text = text.replace("  ROOT %fusion.1", gather + "  ROOT %fusion.1")
+    cost = program_cost(text, lambda name: 0.25)
+    assert not cost.cycles
+    assert cost.collective_bytes["all-gather"] == 7 * ((8 + 16) / 2 + 0.25 * 64)
 
 
 def test_bytes_of_shapes():
