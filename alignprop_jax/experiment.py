@@ -88,8 +88,7 @@ def load_experiment(config: ConfigDict, mesh: Mesh | None = None) -> Experiment:
     dtype = jnp.dtype(config.dtype)
     attend = sharding.choose_attention(config.attention, mesh)
     execution = Execution(dtype, attend)
-    sampler = config.sampler
-    size = (sampler.height, sampler.width)
+    size = (config.sampler.height, config.sampler.width)
     shardings_of = functools.partial(sharding.of_frozen, mesh=mesh)
     sd, params, tokenizers = load_stable_diffusion(config.model, execution, size, shardings_of)
     reward = make_reward(config.reward, tokenizers[0], _reward_options(config, dtype))
@@ -98,15 +97,6 @@ def load_experiment(config: ConfigDict, mesh: Mesh | None = None) -> Experiment:
     remat = _remat(config, sd, params["unet"], encoded[:1], mesh)
     if remat == "block":
         sd = sd.rematerialized()
-    sample = make_sampler(
-        sd,
-        sampler.num_steps,
-        sampler.guidance_scale,
-        sampler.eta,
-        remat,
-        config.gradient.detach_input,
-        share=config.algorithm not in WITHOUT_REWARD_GRADIENT,
-    )
     everywhere = sharding.replicated(mesh)
     splits, start = {}, 1
     for name, texts in prompts.items():
@@ -120,9 +110,23 @@ def load_experiment(config: ConfigDict, mesh: Mesh | None = None) -> Experiment:
         sd=sd,
         params={"unet": params["unet"], "vae": params["vae"]},
         reward=dataclasses.replace(reward, params=reward_params),
-        sample=sample,
+        sample=sampler_of(config, sd, remat),
         remat=remat,
         splits=splits,
+    )
+
+
+def sampler_of(config: ConfigDict, sd: StableDiffusion, remat: str) -> Callable[..., Any]:
+    """The sampler that a config describes, of a model; see `sampling.make_sampler`."""
+    sampler = config.sampler
+    return make_sampler(
+        sd,
+        sampler.num_steps,
+        sampler.guidance_scale,
+        sampler.eta,
+        remat,
+        config.gradient.detach_input,
+        share=config.algorithm not in WITHOUT_REWARD_GRADIENT,
     )
 
 

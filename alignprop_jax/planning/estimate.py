@@ -17,10 +17,16 @@ from ml_collections import ConfigDict
 from alignprop_jax import sharding
 from alignprop_jax.algorithms.presets import WITHOUT_REWARD_GRADIENT
 from alignprop_jax.config import gradient_path
-from alignprop_jax.experiment import load_experiment
+from alignprop_jax.experiment import Experiment, load_experiment
 from alignprop_jax.loading.shapes_only import shapes_only
 from alignprop_jax.planning.arithmetic import Arithmetic, count
 from alignprop_jax.planning.compiler import Compiled, compile_layout, compile_whole, dump_to
+from alignprop_jax.planning.depth import (
+    MOST_LAYERS,
+    deepest_transformer,
+    extrapolate,
+    with_layers,
+)
 from alignprop_jax.planning.hlo_cycles import ProgramCost, program_cost
 from alignprop_jax.planning.topology import Topology
 from alignprop_jax.train_steps import create_state, frozen_arguments, trace_train_step
@@ -43,6 +49,8 @@ class Estimate:
         cost: of a chip, of the mean step; None where it does not fit. Without cycles where the
             program's code was not written.
         compile_seconds: on this machine.
+        layers: of the UNet's deepest transformers, from one and two of which cycles and the
+            program's size are extrapolated; None where nothing is.
     """
 
     topology: Topology
@@ -53,6 +61,7 @@ class Estimate:
     arithmetic: Arithmetic
     cost: ProgramCost | None
     compile_seconds: float
+    layers: int | None = None
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -78,11 +87,29 @@ class Estimate:
 def estimate(config: ConfigDict, topology: Topology) -> Estimate:
     """Compiles the train step of a validated config, whose weights are not read.
 
+    That of a UNet with deep transformers is compiled until its memory is known, and to the end with
+    one and with two layers in the deepest.
+
     Raises:
         UserError: the config's models or files cannot be found, it does not divide among the chips,
             or the TPU's compiler is not installed.
     """
-    return _estimate(config, topology, compile_whole)
+    layers = deepest_transformer(_load(config, topology).sd.unet)
+    if layers <= MOST_LAYERS:
+        return _estimate(config, topology, compile_whole)
+    result = estimate_memory(config, topology)
+    if result.cost is None:
+        return result
+    one, two = (_estimate(config, topology, compile_whole, number) for number in (1, 2))
+    cycles = extrapolate(one.cost.cycles, two.cost.cycles, layers)
+    memory = extrapolate(one.memory, two.memory, layers)
+    return dataclasses.replace(
+        result,
+        memory=result.memory | {"program": memory["program"]},
+        cost=dataclasses.replace(result.cost, cycles=cycles),
+        compile_seconds=result.compile_seconds + one.compile_seconds + two.compile_seconds,
+        layers=layers,
+    )
 
 
 def estimate_memory(config: ConfigDict, topology: Topology) -> Estimate:
@@ -128,12 +155,23 @@ def _send_memory(
     os._exit(0)  # The compiler is still at it.
 
 
-def _estimate(
-    config: ConfigDict, topology: Topology, compile_: Callable[[jax.stages.Traced], Compiled]
-) -> Estimate:
+def _load(config: ConfigDict, topology: Topology) -> Experiment:
     mesh = sharding.make_mesh(config.mesh.fsdp, topology.devices())
     with shapes_only():
-        experiment = load_experiment(config, mesh)
+        return load_experiment(config, mesh)
+
+
+def _estimate(
+    config: ConfigDict,
+    topology: Topology,
+    compile_: Callable[[jax.stages.Traced], Compiled],
+    layers: int | None = None,
+) -> Estimate:
+    experiment = _load(config, topology)
+    mesh = experiment.mesh
+    with shapes_only():
+        if layers is not None:
+            experiment = with_layers(config, experiment, layers)
         state = create_state(config, experiment)
         traced = trace_train_step(config, experiment, state)
         unet, reward, prompts = frozen_arguments(experiment)
