@@ -23,10 +23,10 @@ from absl import flags
 from alignprop_jax.benchmarking.curves import QUANTITIES, describe_curves, measure_curves
 from alignprop_jax.benchmarking.work import Work
 from alignprop_jax.errors import UserError, run_program
-from alignprop_jax.metrics import write_json
+from alignprop_jax.loading.pretrained import open_model
 from alignprop_jax.models.unet import UNetConfig
 from alignprop_jax.models.vae import VAEConfig
-from alignprop_jax.pretrained import open_model
+from alignprop_jax.records.metrics import write_json
 
 _PEER = Path(__file__).parent / "benchmarking" / "trl_peer.py"
 _OWN, _TRL = "alignprop_jax", "trl"

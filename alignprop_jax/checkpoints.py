@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from alignprop_jax import sharding
+from alignprop_jax.devices import sharding
 from alignprop_jax.errors import UserError
 
 State = TypeVar("State")

@@ -20,7 +20,7 @@ from alignprop_jax.comparison.page import write_page
 from alignprop_jax.comparison.results import gather, table
 from alignprop_jax.comparison.runs import Budget, plan_runs
 from alignprop_jax.errors import UserError, run_program
-from alignprop_jax.metrics import write_json
+from alignprop_jax.records.metrics import write_json
 
 
 def compare(

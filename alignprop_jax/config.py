@@ -12,18 +12,18 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, FieldReference, config_flags
 
+from alignprop_jax.algorithms.losses import SHAPES
 from alignprop_jax.algorithms.presets import (
     PRESETS,
     WITHOUT_REWARD_GRADIENT,
     check_algorithm,
     use_algorithm,
 )
+from alignprop_jax.devices.sharding import ATTENTION
+from alignprop_jax.diffusion.gradient_path import REWARD_AT, GradientPath
+from alignprop_jax.diffusion.sampling import REMAT_POLICIES
+from alignprop_jax.diffusion.truncation import STRATEGIES, Truncation
 from alignprop_jax.errors import UserError
-from alignprop_jax.gradient_path import REWARD_AT, GradientPath
-from alignprop_jax.losses import SHAPES
-from alignprop_jax.sampling import REMAT_POLICIES
-from alignprop_jax.sharding import ATTENTION
-from alignprop_jax.truncation import STRATEGIES, Truncation
 
 _CHOICES = {
     "algorithm": tuple(PRESETS),

@@ -20,25 +20,25 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from alignprop_jax import distributed
-from alignprop_jax.buckets import in_bucket
-from alignprop_jax.compilation import enable_compilation_cache
 from alignprop_jax.config import define_config_flag, validate
-from alignprop_jax.cpu_devices import use_cores
+from alignprop_jax.devices import distributed
+from alignprop_jax.devices.compilation import enable_compilation_cache
+from alignprop_jax.devices.cpu_devices import use_cores
 from alignprop_jax.errors import UserError, run_program
-from alignprop_jax.evaluation import (
+from alignprop_jax.evaluation.evaluator import (
     confidence_intervals,
     make_evaluator,
     make_judges,
     summarize,
 )
+from alignprop_jax.evaluation.judges import Scorer, reward_scorer
+from alignprop_jax.evaluation.standardization import standardize_parts
 from alignprop_jax.experiment import load_experiment, load_reward
-from alignprop_jax.images import columns_for, make_grid
-from alignprop_jax.judges import Scorer, reward_scorer
-from alignprop_jax.metrics import write_json
-from alignprop_jax.mixing import BASE_MODEL, LoraMix, define_flags_of_loras
-from alignprop_jax.standardization import standardize_parts
-from alignprop_jax.workdir import Workdir
+from alignprop_jax.lora.mixing import BASE_MODEL, LoraMix, define_flags_of_loras
+from alignprop_jax.records.buckets import in_bucket
+from alignprop_jax.records.images import columns_for, make_grid
+from alignprop_jax.records.metrics import write_json
+from alignprop_jax.records.workdir import Workdir
 
 
 def evaluate(

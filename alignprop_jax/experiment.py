@@ -12,24 +12,24 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key
 from ml_collections import ConfigDict
 
-from alignprop_jax import sharding
 from alignprop_jax.algorithms.batches import PromptTable
 from alignprop_jax.algorithms.presets import WITHOUT_REWARD_GRADIENT
 from alignprop_jax.config import gradient_path
-from alignprop_jax.loading.shapes_only import compute
-from alignprop_jax.models.execution import Execution
-from alignprop_jax.pretrained import load_stable_diffusion, open_model
-from alignprop_jax.prompts import load_prompts, tokenize
-from alignprop_jax.remat import bytes_kept_of, choose_remat, device_memory
-from alignprop_jax.rewards import Reward, check_reward, make_reward
-from alignprop_jax.sampling import make_sampler
-from alignprop_jax.stable_diffusion import (
+from alignprop_jax.devices import sharding
+from alignprop_jax.diffusion.remat import bytes_kept_of, choose_remat, device_memory
+from alignprop_jax.diffusion.sampling import make_sampler
+from alignprop_jax.diffusion.stable_diffusion import (
     TEXT_ENCODERS,
     Conditioning,
     Params,
     StableDiffusion,
     encode_prompts,
 )
+from alignprop_jax.loading.pretrained import load_stable_diffusion, open_model
+from alignprop_jax.loading.shapes_only import compute
+from alignprop_jax.models.execution import Execution
+from alignprop_jax.prompts.reading import load_prompts, tokenize
+from alignprop_jax.rewards import Reward, check_reward, make_reward
 
 # Prompts encoded at a time: the text encoder's activations of a long list would not fit.
 _ENCODER_BATCH = 32

@@ -21,11 +21,11 @@ from absl import flags
 from flax.traverse_util import flatten_dict
 
 from alignprop_jax.errors import UserError, run_program
+from alignprop_jax.loading.pretrained import abstract_component, resolve_model
 from alignprop_jax.loading.tensor_files import read_metadata, read_safetensors, write_safetensors
-from alignprop_jax.lora import LoraTree
-from alignprop_jax.mixing import LoraMix, define_lora_flags
+from alignprop_jax.lora.factors import LoraTree
+from alignprop_jax.lora.mixing import LoraMix, define_lora_flags
 from alignprop_jax.models.unet import UNet
-from alignprop_jax.pretrained import abstract_component, resolve_model
 
 _SOURCE = "source"
 _DTYPES = (_SOURCE, "float32", "float16", "bfloat16")

@@ -16,16 +16,16 @@ import numpy as np
 from absl import flags
 from jaxtyping import Array, Float, Key
 
-from alignprop_jax.compilation import enable_compilation_cache
-from alignprop_jax.distributed import on_every_host, on_main
+from alignprop_jax.devices.compilation import enable_compilation_cache
+from alignprop_jax.devices.distributed import on_every_host, on_main
+from alignprop_jax.diffusion.sampling import make_sampler
 from alignprop_jax.errors import UserError, run_program
 from alignprop_jax.experiment import encode
-from alignprop_jax.images import save_images
-from alignprop_jax.mixing import NO_LORA, LoraMix, define_lora_flags
-from alignprop_jax.pretrained import load_stable_diffusion
-from alignprop_jax.progress import progress_bar
-from alignprop_jax.prompts import load_prompts
-from alignprop_jax.sampling import make_sampler
+from alignprop_jax.loading.pretrained import load_stable_diffusion
+from alignprop_jax.lora.mixing import NO_LORA, LoraMix, define_lora_flags
+from alignprop_jax.prompts.reading import load_prompts
+from alignprop_jax.records.images import save_images
+from alignprop_jax.records.progress import progress_bar
 
 
 def sample(

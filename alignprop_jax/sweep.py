@@ -18,22 +18,22 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from alignprop_jax import distributed
-from alignprop_jax.compilation import enable_compilation_cache
 from alignprop_jax.config import define_config_flag, validate
-from alignprop_jax.cpu_devices import use_cores
+from alignprop_jax.devices import distributed
+from alignprop_jax.devices.compilation import enable_compilation_cache
+from alignprop_jax.devices.cpu_devices import use_cores
 from alignprop_jax.errors import run_program
-from alignprop_jax.evaluation import make_evaluator, make_judges, summarize
+from alignprop_jax.evaluation.evaluator import make_evaluator, make_judges, summarize
+from alignprop_jax.evaluation.judges import Scorer
+from alignprop_jax.evaluation.standardization import standardize_parts
 from alignprop_jax.experiment import UNSEEN, load_experiment
-from alignprop_jax.judges import Scorer
-from alignprop_jax.lora import mix_loras
-from alignprop_jax.lora_file import load_lora
-from alignprop_jax.metrics import JsonLines, Record
-from alignprop_jax.mixing import LoraMix, parse_timesteps
-from alignprop_jax.progress import progress_bar
-from alignprop_jax.standardization import standardize_parts
+from alignprop_jax.lora.factors import mix_loras
+from alignprop_jax.lora.files import load_lora
+from alignprop_jax.lora.mixing import LoraMix, parse_timesteps
+from alignprop_jax.records.metrics import JsonLines, Record
+from alignprop_jax.records.progress import progress_bar
+from alignprop_jax.records.workdir import Workdir
 from alignprop_jax.sweep_page import MOST_PICTURES, write_page
-from alignprop_jax.workdir import Workdir
 
 
 def sweep(

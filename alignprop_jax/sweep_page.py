@@ -11,9 +11,9 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from alignprop_jax.distributed import on_main
-from alignprop_jax.lora_file import LORA_FILE
-from alignprop_jax.metrics import Record, write_atomically
+from alignprop_jax.devices.distributed import on_main
+from alignprop_jax.lora.files import LORA_FILE
+from alignprop_jax.records.metrics import Record, write_atomically
 
 MOST_PICTURES = 8
 _LARGEST = 160  # pixels across a picture: hundreds of them make one page

@@ -16,26 +16,26 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from alignprop_jax import distributed, sharding
+from alignprop_jax.algorithms.state import TrainState
 from alignprop_jax.checkpoints import Checkpoints, make_fingerprint
-from alignprop_jax.compilation import enable_compilation_cache, release_freed_memory
 from alignprop_jax.config import define_config_flag, lora_scale, validate
-from alignprop_jax.cpu_devices import use_cores
-from alignprop_jax.dashboards import open_dashboards
+from alignprop_jax.devices import distributed, sharding
+from alignprop_jax.devices.compilation import enable_compilation_cache, release_freed_memory
+from alignprop_jax.devices.cpu_devices import use_cores
 from alignprop_jax.errors import UserError, run_program
-from alignprop_jax.evaluation import Evaluator, make_evaluator, make_judges
+from alignprop_jax.evaluation.evaluator import Evaluator, make_evaluator, make_judges
+from alignprop_jax.evaluation.standardization import standardize_parts
 from alignprop_jax.experiment import TRAIN, UNSEEN, Experiment, load_experiment
-from alignprop_jax.lora import count_parameters
-from alignprop_jax.lora_file import continue_lora
-from alignprop_jax.metrics import Record
-from alignprop_jax.progress import progress_bar
-from alignprop_jax.reports import Reports
-from alignprop_jax.standardization import standardize_parts
-from alignprop_jax.state import TrainState
-from alignprop_jax.summary import describe_result, seconds_of_steps, summarize
+from alignprop_jax.lora.factors import count_parameters
+from alignprop_jax.lora.files import continue_lora
+from alignprop_jax.records.dashboards import open_dashboards
+from alignprop_jax.records.metrics import Record
+from alignprop_jax.records.progress import progress_bar
+from alignprop_jax.records.reports import Reports
+from alignprop_jax.records.summary import describe_result, seconds_of_steps, summarize
+from alignprop_jax.records.trained_weights import save_trained
+from alignprop_jax.records.workdir import Workdir
 from alignprop_jax.train_steps import create_state, frozen_arguments, trace_train_step
-from alignprop_jax.trained_weights import save_trained
-from alignprop_jax.workdir import Workdir
 
 # After so many steps in a row without a finite gradient, no later one will have it.
 MAX_SKIPPED_IN_A_ROW = 10

@@ -8,20 +8,20 @@ import jax
 import optax
 from ml_collections import ConfigDict
 
-from alignprop_jax import sharding
 from alignprop_jax.algorithms.advantages import PromptHistory
 from alignprop_jax.algorithms.alignprop import make_train_step
 from alignprop_jax.algorithms.ddpo import make_ddpo_fit
+from alignprop_jax.algorithms.losses import make_loss
 from alignprop_jax.algorithms.optimizer import make_optimizer
 from alignprop_jax.algorithms.presets import WITHOUT_REWARD_GRADIENT
 from alignprop_jax.algorithms.rollouts import Fit, make_rollout_step
 from alignprop_jax.algorithms.rwr import make_rwr_fit
+from alignprop_jax.algorithms.state import TrainState, create_train_state
 from alignprop_jax.config import gradient_path, lora_scale
+from alignprop_jax.devices import sharding
+from alignprop_jax.diffusion.sampling import make_denoiser
 from alignprop_jax.experiment import TRAIN, Experiment, make_keys
-from alignprop_jax.lora import init_changes, init_lora
-from alignprop_jax.losses import make_loss
-from alignprop_jax.sampling import make_denoiser
-from alignprop_jax.state import TrainState, create_train_state
+from alignprop_jax.lora.factors import init_changes, init_lora
 
 
 def build_train_step(config: ConfigDict, experiment: Experiment) -> Callable[..., Any]:

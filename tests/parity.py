@@ -6,8 +6,8 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from alignprop_jax.loading.pretrained import abstract_params
 from alignprop_jax.loading.weights import from_torch_layout, to_torch_layout, torch_name
-from alignprop_jax.pretrained import abstract_params
 from tests.torch_pipeline import torch
 
 TOLERANCE = 1e-4

@@ -6,9 +6,9 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from alignprop_jax.lora import ATTENTION_PROJECTIONS, init_lora
-from alignprop_jax.lora_file import save_lora
-from alignprop_jax.pretrained import load_stable_diffusion
+from alignprop_jax.loading.pretrained import load_stable_diffusion
+from alignprop_jax.lora.factors import ATTENTION_PROJECTIONS, init_lora
+from alignprop_jax.lora.files import save_lora
 
 
 def randomize_lora(lora, seed=0, size=0.6):

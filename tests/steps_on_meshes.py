@@ -13,9 +13,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from alignprop_jax import sharding
 from alignprop_jax.algorithms.presets import use_algorithm
 from alignprop_jax.config import load_config
+from alignprop_jax.devices import sharding
 from alignprop_jax.experiment import load_experiment
 from alignprop_jax.train import compile_train_step
 from alignprop_jax.train_steps import create_state

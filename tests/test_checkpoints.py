@@ -100,7 +100,7 @@ def test_the_best_are_kept_beside_the_newest(tmp_path):
 ON_ANOTHER_MESH = """
 import sys
 import jax
-from alignprop_jax import sharding
+from alignprop_jax.devices import sharding
 from tests.test_checkpoints import Checkpoints, fingerprint, make_state
 
 def laid_out(state, devices):

@@ -13,8 +13,8 @@ from alignprop_jax.config import (
     to_json,
     validate,
 )
+from alignprop_jax.diffusion.truncation import STRATEGIES
 from alignprop_jax.errors import UserError
-from alignprop_jax.truncation import STRATEGIES
 
 # What the programs promise to understand: a key that goes missing here breaks somebody's command.
 CONTRACT = """

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from alignprop_jax.judges import find_judges
-from alignprop_jax.pretrained import ASSETS, EMOJI, resolve_model
+from alignprop_jax.evaluation.judges import find_judges
+from alignprop_jax.loading.pretrained import ASSETS, EMOJI, resolve_model
 from alignprop_jax.sample import sample
 
 PROMPTS = [f"a {animal}" for animal in ("cat", "horse", "spider", "bird", "fox", "fish", "duck")]

@@ -7,7 +7,7 @@ import pytest
 from alignprop_jax.config import load_config
 from alignprop_jax.errors import UserError
 from alignprop_jax.evaluate import describe, evaluate
-from alignprop_jax.mixing import BASE_MODEL, NO_LORA, LoraMix
+from alignprop_jax.lora.mixing import BASE_MODEL, NO_LORA, LoraMix
 from tests import nano_run
 
 

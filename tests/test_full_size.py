@@ -12,10 +12,10 @@ import jax
 import numpy as np
 import pytest
 
+from alignprop_jax.diffusion.sampling import make_sampler
 from alignprop_jax.experiment import encode
-from alignprop_jax.lora import count_parameters
-from alignprop_jax.pretrained import load_stable_diffusion
-from alignprop_jax.sampling import make_sampler
+from alignprop_jax.loading.pretrained import load_stable_diffusion
+from alignprop_jax.lora.factors import count_parameters
 from tests.parity import to_nhwc
 
 pytestmark = pytest.mark.full_size

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from alignprop_jax.diffusion.sampling import make_sampler
 from alignprop_jax.errors import UserError
 from alignprop_jax.experiment import encode
-from alignprop_jax.lora_file import load_lora
+from alignprop_jax.loading.pretrained import load_stable_diffusion
+from alignprop_jax.lora.files import load_lora
+from alignprop_jax.lora.mixing import LoraMix
 from alignprop_jax.merge import merge
-from alignprop_jax.mixing import LoraMix
-from alignprop_jax.pretrained import load_stable_diffusion
-from alignprop_jax.sampling import make_sampler
 from tests import torch_pipeline
 from tests.parity import QUICK_COMPILATION
 from tests.random_lora import save_random_lora

@@ -13,9 +13,9 @@ import transformers
 from flax.traverse_util import flatten_dict
 
 from alignprop_jax import pretrain
+from alignprop_jax.loading.pretrained import abstract_params, load_stable_diffusion
 from alignprop_jax.loading.tensor_files import read_safetensors
 from alignprop_jax.models.unet import UNet, UNetConfig
-from alignprop_jax.pretrained import abstract_params, load_stable_diffusion
 from alignprop_jax.rewards import make_reward
 from configs import emoji_pretrain
 from tests.synthetic_scenes import make_sprites

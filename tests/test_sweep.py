@@ -8,8 +8,8 @@ import pytest
 from alignprop_jax.config import default_config, load_config
 from alignprop_jax.errors import UserError
 from alignprop_jax.evaluate import evaluate
-from alignprop_jax.lora_file import LORA_FILE
-from alignprop_jax.mixing import LoraMix
+from alignprop_jax.lora.files import LORA_FILE
+from alignprop_jax.lora.mixing import LoraMix
 from alignprop_jax.sweep import add_rewards, default_ranges, sweep
 from tests import nano_run
 from tests.random_lora import save_random_lora

@@ -17,14 +17,14 @@ from alignprop_jax.algorithms.batches import (
     reward_metrics,
     score_images,
 )
+from alignprop_jax.algorithms.losses import Loss
 from alignprop_jax.algorithms.optimizer import descend_if
 from alignprop_jax.algorithms.prompt_order import prompt_indices
-from alignprop_jax.gradient_path import StepDraw
-from alignprop_jax.lora import scale_lora
-from alignprop_jax.losses import Loss
+from alignprop_jax.algorithms.state import TrainState
+from alignprop_jax.diffusion.gradient_path import StepDraw
+from alignprop_jax.diffusion.truncation import first_trained_step
+from alignprop_jax.lora.factors import scale_lora
 from alignprop_jax.rewards.base import Reward
-from alignprop_jax.state import TrainState
-from alignprop_jax.truncation import first_trained_step
 
 
 def make_train_step(

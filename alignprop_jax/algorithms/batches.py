@@ -5,9 +5,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, PyTree
 
+from alignprop_jax.diffusion.stable_diffusion import Conditioning
 from alignprop_jax.errors import UserError
 from alignprop_jax.rewards.base import Reward
-from alignprop_jax.stable_diffusion import Conditioning
 
 Metrics = dict[str, Array]
 

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from alignprop_jax.algorithms.rollouts import Fit, Rollouts
-from alignprop_jax.sampling import pair_with_negative
-from alignprop_jax.schedulers import DDIMScheduler
+from alignprop_jax.diffusion.sampling import pair_with_negative
+from alignprop_jax.diffusion.schedulers import DDIMScheduler
 
 
 def make_ddpo_fit(

@@ -28,11 +28,11 @@ from alignprop_jax.algorithms.batches import (
 )
 from alignprop_jax.algorithms.optimizer import descend_if
 from alignprop_jax.algorithms.prompt_order import prompt_indices
+from alignprop_jax.algorithms.state import TrainState
+from alignprop_jax.diffusion.sampling import Trajectory
 from alignprop_jax.errors import UserError
-from alignprop_jax.lora import scale_lora
+from alignprop_jax.lora.factors import scale_lora
 from alignprop_jax.rewards.base import Reward
-from alignprop_jax.sampling import Trajectory
-from alignprop_jax.state import TrainState
 
 
 @flax.struct.dataclass

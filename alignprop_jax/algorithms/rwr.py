@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from alignprop_jax.algorithms.rollouts import Fit, Rollouts
-from alignprop_jax.schedulers import DDIMScheduler
+from alignprop_jax.diffusion.schedulers import DDIMScheduler
 
 
 def make_rwr_fit(

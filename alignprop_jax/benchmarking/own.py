@@ -11,10 +11,10 @@ from ml_collections import ConfigDict
 
 from alignprop_jax.benchmarking import redness
 from alignprop_jax.benchmarking.work import PROMPTS, Work, parse_work
-from alignprop_jax.compilation import enable_compilation_cache
 from alignprop_jax.config import default_config, validate
-from alignprop_jax.cpu_devices import use_cores
-from alignprop_jax.evaluation import make_evaluator
+from alignprop_jax.devices.compilation import enable_compilation_cache
+from alignprop_jax.devices.cpu_devices import use_cores
+from alignprop_jax.evaluation.evaluator import make_evaluator
 from alignprop_jax.experiment import TRAIN, load_experiment
 from alignprop_jax.train import compile_train_step
 from alignprop_jax.train_steps import create_state

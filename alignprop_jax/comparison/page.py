@@ -12,7 +12,7 @@ from PIL import Image
 
 from alignprop_jax.comparison.runs import Run
 from alignprop_jax.experiment import TRAIN, UNSEEN
-from alignprop_jax.metrics import write_atomically
+from alignprop_jax.records.metrics import write_atomically
 
 _LARGEST = 720  # pixels of a grid's longer edge
 _TEMPLATE = resources.files("alignprop_jax") / "assets" / "comparison.html"

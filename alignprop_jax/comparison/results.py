@@ -8,8 +8,8 @@ import numpy as np
 
 from alignprop_jax.comparison.runs import Run
 from alignprop_jax.experiment import TRAIN, UNSEEN
-from alignprop_jax.summary import seconds_of_steps
-from alignprop_jax.workdir import Workdir
+from alignprop_jax.records.summary import seconds_of_steps
+from alignprop_jax.records.workdir import Workdir
 
 BASELINE = "ddpo"
 """The method whose best reward the others are timed to."""

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from alignprop_jax.comparison.methods import Method
 from alignprop_jax.errors import UserError
-from alignprop_jax.workdir import Workdir
+from alignprop_jax.records.workdir import Workdir
 
 
 @dataclasses.dataclass(frozen=True)

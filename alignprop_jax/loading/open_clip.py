@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from alignprop_jax.errors import UserError
 from alignprop_jax.loading import shapes_only
 from alignprop_jax.loading.open_clip_names import rename, rename_shapes
+from alignprop_jax.loading.pretrained import abstract_params
 from alignprop_jax.loading.tensor_files import read_shapes, read_tensors
 from alignprop_jax.loading.weights import ParamTree, fill_params
 from alignprop_jax.models.clip import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 from alignprop_jax.models.execution import Execution
-from alignprop_jax.pretrained import abstract_params
 
 
 def load_open_clip(

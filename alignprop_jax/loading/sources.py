@@ -10,7 +10,7 @@ from alignprop_jax.loading import shapes_only
 from alignprop_jax.loading.torch_file import EXTRA
 from alignprop_jax.loading.weights import ParamTree, load_params
 from alignprop_jax.loading.weights_files import find_weights
-from alignprop_jax.prompts import load_tokenizer
+from alignprop_jax.prompts.reading import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

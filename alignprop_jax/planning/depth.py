@@ -11,8 +11,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from alignprop_jax.experiment import Experiment, sampler_of
+from alignprop_jax.loading.pretrained import abstract_params
 from alignprop_jax.models.unet import UNet
-from alignprop_jax.pretrained import abstract_params
 
 # Of as few layers, a model is compiled as it is.
 MOST_LAYERS = 2

@@ -14,9 +14,9 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from alignprop_jax import sharding
 from alignprop_jax.algorithms.presets import WITHOUT_REWARD_GRADIENT
 from alignprop_jax.config import gradient_path
+from alignprop_jax.devices import sharding
 from alignprop_jax.experiment import Experiment, load_experiment
 from alignprop_jax.loading.shapes_only import shapes_only
 from alignprop_jax.planning.arithmetic import Arithmetic, count

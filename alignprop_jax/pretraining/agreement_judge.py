@@ -13,7 +13,7 @@ from alignprop_jax.pretraining.fit import Recipe
 from alignprop_jax.pretraining.scenes import Scene, SceneMixture, SceneSampler
 from alignprop_jax.pretraining.sprites import Sprites
 from alignprop_jax.pretraining.tokenizer import build_tokenizer
-from alignprop_jax.prompts import load_tokenizer
+from alignprop_jax.prompts.reading import load_tokenizer
 from alignprop_jax.rewards.clip_similarity import make_clip_score_reward
 
 _SEED = 4211  # of no other part of the project

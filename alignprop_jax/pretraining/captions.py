@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from alignprop_jax.english import NUMBERS, is_countable, plural, with_article
 from alignprop_jax.pretraining.colors import COLORS
 from alignprop_jax.pretraining.names import OBJECT_NAMES
+from alignprop_jax.prompts.english import NUMBERS, is_countable, plural, with_article
 
 
 def caption(

@@ -11,12 +11,12 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from alignprop_jax.judges import COUNTS, IMAGE_SIZE, ConvClassifier, Judge
+from alignprop_jax.evaluation.judges import COUNTS, IMAGE_SIZE, ConvClassifier, Judge
 from alignprop_jax.pretraining.fit import Recipe, fit
 from alignprop_jax.pretraining.judge_pictures import make_scene_pictures
 from alignprop_jax.pretraining.scenes import Scene, SceneMixture, SceneSampler
 from alignprop_jax.pretraining.sprites import Sprites
-from alignprop_jax.prompt_lists import ANIMALS, ANIMALS_UNSEEN
+from alignprop_jax.prompts.built_in import ANIMALS, ANIMALS_UNSEEN
 
 _SEED = 2753  # of no other part of the project
 _MIXTURE = SceneMixture(single=0.25, count=0.45, pair=0.25, colored_pair=0.05)

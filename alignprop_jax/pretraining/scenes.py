@@ -7,12 +7,12 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from alignprop_jax.english import is_countable
 from alignprop_jax.pretraining.captions import caption
 from alignprop_jax.pretraining.colors import COLORS, tint
 from alignprop_jax.pretraining.names import STYLES
 from alignprop_jax.pretraining.sprites import Sprites
-from alignprop_jax.prompt_lists import ANIMALS, ANIMALS_UNSEEN
+from alignprop_jax.prompts.built_in import ANIMALS, ANIMALS_UNSEEN
+from alignprop_jax.prompts.english import is_countable
 
 IMAGE_SIZE = 64
 _HALF = IMAGE_SIZE // 2

@@ -1,4 +1,4 @@
-"""Trains the judges of `alignprop_jax.judges` on real emoji and measures them on real emoji.
+"""Trains the judges of `evaluation.judges` on real emoji and measures them on others.
 
     python -m alignprop_jax.pretraining.train_judges --data=DIR --workdir=DIR --output=DIR
 
@@ -19,9 +19,9 @@ import numpy as np
 import optax
 from absl import flags, logging
 
-from alignprop_jax.compilation import enable_compilation_cache
+from alignprop_jax.devices.compilation import enable_compilation_cache
 from alignprop_jax.errors import run_program
-from alignprop_jax.judges import IMAGE_SIZE, NOTHING, ConvClassifier, Judge
+from alignprop_jax.evaluation.judges import IMAGE_SIZE, NOTHING, ConvClassifier, Judge
 from alignprop_jax.loading.weights import ParamTree
 from alignprop_jax.pretraining.agreement_judge import train_agreement
 from alignprop_jax.pretraining.emoji_dataset import prepare
@@ -31,7 +31,7 @@ from alignprop_jax.pretraining.names import STYLES
 from alignprop_jax.pretraining.scene_judges import train_counter, train_finder
 from alignprop_jax.pretraining.scenes import SceneMixture, SceneSampler
 from alignprop_jax.pretraining.sprites import Sprites, load_sprites
-from alignprop_jax.prompt_lists import ANIMALS, ANIMALS_UNSEEN
+from alignprop_jax.prompts.built_in import ANIMALS, ANIMALS_UNSEEN
 
 _SEED = 1729  # of no other part of the project
 

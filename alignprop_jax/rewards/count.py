@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from alignprop_jax.errors import UserError
-from alignprop_jax.prompt_objects import PromptObject, prompt_objects
+from alignprop_jax.prompts.objects import PromptObject, prompt_objects
 from alignprop_jax.rewards.base import Reward
 from alignprop_jax.rewards.detection import Detector, load_detector
 from alignprop_jax.rewards.registry import register

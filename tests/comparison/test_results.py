@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from alignprop_jax.comparison import results
-from alignprop_jax.diversity import mean_distances
+from alignprop_jax.evaluation.diversity import mean_distances
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from huggingface_hub.utils import filter_repo_objects
 
 from alignprop_jax.errors import UserError
 from alignprop_jax.loading.hub import HubName, download_file
-from alignprop_jax.pretrained import open_model, resolve_model, resolve_tokenizer
+from alignprop_jax.loading.pretrained import open_model, resolve_model, resolve_tokenizer
 
 CONFIGS = (
     "model_index.json",

@@ -6,14 +6,14 @@ import jax
 import numpy as np
 import pytest
 
-from alignprop_jax import sharding
 from alignprop_jax.config import load_config
+from alignprop_jax.devices import sharding
 from alignprop_jax.errors import UserError
 from alignprop_jax.experiment import load_experiment
+from alignprop_jax.loading.pretrained import load_component, load_stable_diffusion, resolve_model
 from alignprop_jax.loading.shapes_only import compute, shapes_only
 from alignprop_jax.models.clip import CLIPModel
 from alignprop_jax.models.owlvit import OwlViT
-from alignprop_jax.pretrained import load_component, load_stable_diffusion, resolve_model
 
 # As the models' cards and diffusers count them.
 PARAMETERS = {

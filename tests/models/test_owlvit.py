@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from alignprop_jax.errors import UserError
+from alignprop_jax.loading.pretrained import load_component
 from alignprop_jax.models.owlvit import OwlViT, OwlViTConfig
-from alignprop_jax.pretrained import load_component
 from tests.parity import assert_parity, params_from_torch, to_nhwc
 from tests.torch_pipeline import randomize_parameters, torch, transformers
 

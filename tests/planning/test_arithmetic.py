@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from alignprop_jax.diffusion.sampling import gate_gradient
+from alignprop_jax.loading.pretrained import abstract_params
 from alignprop_jax.models import attention_functions, saved_names
 from alignprop_jax.models.unet import UNet, UNetConfig
 from alignprop_jax.planning.arithmetic import count
-from alignprop_jax.pretrained import abstract_params
-from alignprop_jax.sampling import gate_gradient
 
 SMALL = UNetConfig(
     channels=(32, 64),

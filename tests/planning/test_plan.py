@@ -47,7 +47,7 @@ def test_collectives_are_the_gradient_of_the_factors_and_scalars(numbers, nano_c
     """Which are exchanged once an update, however many microbatches it has."""
     from alignprop_jax.config import load_config
     from alignprop_jax.experiment import load_experiment
-    from alignprop_jax.lora import count_parameters
+    from alignprop_jax.lora.factors import count_parameters
     from alignprop_jax.train_steps import create_state
 
     config = load_config(str(nano_config))

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from alignprop_jax.loading.pretrained import abstract_params
 from alignprop_jax.models.vae import AutoencoderKL, VAEConfig
-from alignprop_jax.pretrained import abstract_params
 from alignprop_jax.pretraining.autoencoder import (
     make_autoencoder_loss,
     make_decoder_loss,

@@ -2,7 +2,7 @@ import pytest
 
 from alignprop_jax.pretraining.captions import caption, caption_words
 from alignprop_jax.pretraining.names import OBJECT_NAMES
-from alignprop_jax.prompt_lists import ANIMALS, ANIMALS_UNSEEN
+from alignprop_jax.prompts.built_in import ANIMALS, ANIMALS_UNSEEN
 
 
 def test_every_prompted_animal_has_pictures():

@@ -13,7 +13,7 @@ from alignprop_jax.pretraining.contrastive import (
     make_contrastive_loss,
 )
 from alignprop_jax.pretraining.tokenizer import build_tokenizer
-from alignprop_jax.prompts import load_tokenizer
+from alignprop_jax.prompts.reading import load_tokenizer
 from tests.synthetic_scenes import make_scenes
 
 KEY = jax.random.key(0)

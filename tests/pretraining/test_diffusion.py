@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from alignprop_jax.diffusion.schedulers import DDIMScheduler
 from alignprop_jax.pretraining.diffusion import make_diffusion_loss, make_latent_batches
 from alignprop_jax.pretraining.export import scheduler_config
-from alignprop_jax.schedulers import DDIMScheduler
 
 ALPHA_BAR = DDIMScheduler.from_config(scheduler_config()).alpha_bar
 TEXT_TABLE = np.random.default_rng(0).normal(size=(6, 3, 4)).astype(np.float32)

@@ -6,7 +6,7 @@ import numpy as np
 from alignprop_jax.pretraining.judge_pictures import make_scene_pictures
 from alignprop_jax.pretraining.scene_judges import animal_label, count_label, draw_labelled
 from alignprop_jax.pretraining.scenes import SceneMixture
-from alignprop_jax.prompt_lists import ANIMALS, ANIMALS_UNSEEN
+from alignprop_jax.prompts.built_in import ANIMALS, ANIMALS_UNSEEN
 from tests.synthetic_scenes import make_scenes
 
 MIXTURE = SceneMixture(single=1, count=1, pair=1)

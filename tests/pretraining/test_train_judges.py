@@ -4,12 +4,12 @@ import jax
 import numpy as np
 import pytest
 
-from alignprop_jax.judges import NOTHING
+from alignprop_jax.evaluation.judges import NOTHING
 from alignprop_jax.pretraining.judge_pictures import make_pictures
 from alignprop_jax.pretraining.names import STYLES
 from alignprop_jax.pretraining.sprites import Sprites
 from alignprop_jax.pretraining.train_judges import recognizer_lesson, style_lesson
-from alignprop_jax.prompt_lists import ANIMALS, ANIMALS_UNSEEN
+from alignprop_jax.prompts.built_in import ANIMALS, ANIMALS_UNSEEN
 
 
 @pytest.fixture(scope="module")

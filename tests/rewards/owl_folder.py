@@ -3,7 +3,7 @@
 import json
 import shutil
 
-from alignprop_jax.pretrained import resolve_model
+from alignprop_jax.loading.pretrained import resolve_model
 from tests.models.test_owlvit import TEXT, VISION, build_peer
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from alignprop_jax.errors import UserError
-from alignprop_jax.pretrained import resolve_model
+from alignprop_jax.loading.pretrained import resolve_model
 from alignprop_jax.rewards import check_reward, make_reward
 from tests.torch_pipeline import torch
 

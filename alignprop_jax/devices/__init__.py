@@ -1,0 +1,1 @@
+"""The devices: mesh, hosts, cores of a CPU, compiled programs."""

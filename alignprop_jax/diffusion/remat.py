@@ -1,0 +1,85 @@
+"""What is kept of the denoising steps for the backward pass, chosen by the memory there is."""
+
+import dataclasses
+import math
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from alignprop_jax.diffusion.jaxprs import inner_jaxprs
+from alignprop_jax.diffusion.stable_diffusion import Conditioning, StableDiffusion, apply_unet
+from alignprop_jax.models import saved_names
+from alignprop_jax.models.attention_functions import attend_in_blocks
+
+# Of a device's memory, what activations may take.
+_SHARE = 0.5
+# To store a step takes a third to a quarter of the time that its trained steps save.
+_LEAST_TRAINED = 0.3
+# All activations of the networks here are so many times those that "partial" keeps.
+_ALL_ACTIVATIONS = 8
+
+
+def choose_remat(
+    bytes_kept: float, num_steps: int, trained_steps: float, memory: int | None
+) -> str:
+    """The fastest of `sampling.REMAT_POLICIES` that a device has room for.
+
+    Args:
+        bytes_kept: of one step by "partial", of all images that a device has in memory.
+        num_steps: of a sample.
+        trained_steps: of them, in the mean.
+        memory: bytes of a device; None where nobody knows.
+
+    Returns:
+        "partial" where half of the memory holds what it keeps of all steps, trained or not, and
+        where enough are trained for that to pay; else "step" where it holds all activations of one;
+        else "block".
+    """
+    if memory is None:
+        return "block"
+    if trained_steps >= _LEAST_TRAINED * num_steps and bytes_kept * num_steps <= _SHARE * memory:
+        return "partial"
+    return "step" if bytes_kept * _ALL_ACTIVATIONS <= _SHARE * memory else "block"
+
+
+def bytes_kept_of(sd: StableDiffusion, params: Any, prompt: Conditioning) -> int:
+    """What "partial" keeps of one image and prompt at one step.
+
+    Args:
+        params: of the UNet, or their shapes.
+        prompt: a single one.
+    """
+
+    # What is kept does not depend on how attention is computed, and one image on no device's share.
+    execution = dataclasses.replace(sd.unet.execution, attend=attend_in_blocks)
+    sd = dataclasses.replace(sd, unet=sd.unet.clone(execution=execution))
+
+    def evaluate(params, latents, prompt):
+        return apply_unet(sd, {"params": params}, latents, jnp.int32(0), prompt)
+
+    latents = jax.ShapeDtypeStruct((1, *sd.latent_shape), jnp.float32)
+    return _bytes_of_names(jax.make_jaxpr(evaluate)(params, latents, prompt).jaxpr)
+
+
+def device_memory(mesh: Mesh) -> int | None:
+    """Bytes that each device of a mesh has, those of a CPU equal shares; None where unknown."""
+    device = mesh.devices.flat[0]
+    if device.platform == "cpu":
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // jax.local_device_count()
+    try:
+        return (device.memory_stats() or {}).get("bytes_limit")
+    except jax.errors.JaxRuntimeError:  # A device to compile for, which is not there.
+        return None
+
+
+def _bytes_of_names(jaxpr: Any) -> int:
+    total = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "name" and eqn.params["name"] in saved_names.ALL:
+            total += sum(math.prod(v.aval.shape) * v.aval.dtype.itemsize for v in eqn.outvars)
+        times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+        total += times * sum(map(_bytes_of_names, inner_jaxprs(eqn)))
+    return total

@@ -1,0 +1,1 @@
+"""What samples are worth: rewards on fixed noise, independent judges, intervals."""

@@ -1,0 +1,241 @@
+"""Scores of a fixed set of samples: the same prompts and the same noise whenever it is asked."""
+
+import collections
+import copy
+import dataclasses
+
+import jax
+import numpy as np
+from jaxtyping import Key, PyTree
+from ml_collections import ConfigDict
+
+from alignprop_jax.devices import sharding
+from alignprop_jax.devices.distributed import is_main
+from alignprop_jax.evaluation.bootstrap import confidence_interval
+from alignprop_jax.evaluation.diversity import mean_distances
+from alignprop_jax.evaluation.file_size import jpeg_kilobytes
+from alignprop_jax.evaluation.judges import Scorer, find_judges, removal_judges
+from alignprop_jax.experiment import Experiment, Split, make_keys
+from alignprop_jax.loading.pretrained import resolve_model
+from alignprop_jax.records.images import to_uint8
+from alignprop_jax.records.progress import progress_bar
+from alignprop_jax.rewards.weighted_sum import Statistics, standardize
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Scores of a split, and the first sample of every prompt as bytes [P, H, W, 3]."""
+
+    prompts: list[str]
+    scores: dict[str, np.ndarray]  # by scorer, one a sample
+    images: np.ndarray
+
+
+class Evaluator:
+    """Samples prompts from fixed noise, in batches of one size, and lets scorers judge them.
+
+    The noise of a sample follows from the key, the place of its prompt in the list and the number
+    of the sample; the batch size has no part in it.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        key: Key[jax.Array, ""],
+        *,
+        samples_per_prompt: int,
+        batch_size: int,
+    ):
+        self.experiment = experiment
+        self._samples_per_prompt = samples_per_prompt
+        self._batch_size = batch_size
+        self._rows_sharding = sharding.over_batch(experiment.mesh)
+        # An argument, and no constant of the program, which serves every seed then.
+        self._key = sharding.put(key, sharding.replicated(experiment.mesh))
+        self._sample = jax.jit(self._sample_rows)
+        reward = experiment.reward
+        scores = {"reward": reward.score}
+        scores |= {f"reward/{name}": part for name, part in reward.parts.items()}
+        self._score_rewards = jax.jit(
+            lambda *arguments: {name: score(*arguments) for name, score in scores.items()}
+        )
+
+    def evaluate(
+        self,
+        lora: PyTree | None,
+        split: Split,
+        scorers: dict[str, Scorer] | None = None,
+        description: str = "evaluating",
+        lora_timesteps: tuple[int, int] | None = None,
+        limit: int | None = None,
+    ) -> Evaluation:
+        """Samples every prompt of a split and scores the samples.
+
+        Args:
+            lora: with its scale folded in; None is the base model.
+            split: the prompts.
+            scorers: what judges the samples, by name, besides the reward. Where one gives
+                embeddings, [b, d], the score of a sample is its mean distance to the others of its
+                prompt, see `diversity`.
+            description: of the progress bar.
+            lora_timesteps: the highest and the lowest timestep at which the LoRA is on, both
+                included; None for all.
+            limit: of the number of samples.
+
+        Returns:
+            The scores: "reward", "reward/NAME" for each part of a sum of rewards, and those of
+            `scorers`.
+        """
+        number = len(split.prompts)
+        # All prompts once before any of them again.
+        rows = np.arange(number * self._samples_per_prompt)[:limit]
+        prompts = rows % number
+        scores = collections.defaultdict(list)
+        first_samples = []
+        with progress_bar(len(rows), description, "image", leave=False) as progress:
+            for start in range(0, len(rows), self._batch_size):
+                batch = slice(start, min(start + self._batch_size, len(rows)))
+                size = batch.stop - batch.start
+                images, rewards = self._sample_and_score(
+                    lora, split, prompts[batch], rows[batch], lora_timesteps
+                )
+                for name, values in rewards.items():
+                    scores[name].append(values[:size])
+                # Padding too, so that one program of a judge serves all batches.
+                padded = np.pad(prompts[batch], (0, len(images) - size), mode="edge")
+                texts = [split.prompts[index] for index in padded]
+                for name, scorer in (scorers or {}).items():
+                    scores[name].append(np.asarray(scorer(images, texts))[:size])
+                first_samples.append(to_uint8(images[: max(0, min(size, number - start))]))
+                progress.update(size)
+        joined = {name: np.concatenate(parts) for name, parts in scores.items()}
+        return Evaluation(
+            split.prompts,
+            {
+                name: mean_distances(values, prompts) if values.ndim == 2 else values
+                for name, values in joined.items()
+            },
+            np.concatenate(first_samples),
+        )
+
+    def standardized(self, statistics: Statistics) -> "Evaluator":
+        """An evaluator by the same programs whose sum of rewards has these statistics."""
+        evaluator, experiment = copy.copy(self), self.experiment
+        reward = standardize(experiment.reward, statistics)
+        params = sharding.put(reward.params, sharding.of_frozen(reward.params, experiment.mesh))
+        reward = dataclasses.replace(reward, params=params)
+        evaluator.experiment = dataclasses.replace(experiment, reward=reward)
+        return evaluator
+
+    def preview(self, lora: PyTree | None, split: Split) -> tuple[np.ndarray, list[str]]:
+        """Returns the first samples of a split, as many as make a batch, and their prompts."""
+        rows = np.arange(min(self._batch_size, len(split.prompts)))
+        images, _ = self._sample_and_score(lora, split, rows, rows)
+        return to_uint8(images[: len(rows)]), split.prompts[: len(rows)]
+
+    def _sample_and_score(self, lora, split, prompts, rows, lora_timesteps=None):
+        """Images and rewards of a batch, which padding completes so that one program serves all."""
+        samples = rows // len(split.prompts)
+        padding = (0, self._batch_size - len(rows))
+        prompts, samples = (
+            sharding.put(np.pad(x, padding, mode="edge").astype(np.int32), self._rows_sharding)
+            for x in (prompts, samples)
+        )
+        experiment = self.experiment
+        lora = sharding.put(lora, sharding.replicated(experiment.mesh))
+        conditioning, inputs = jax.tree.map(
+            lambda table: table[prompts], (split.table.conditioning, split.table.reward_inputs)
+        )
+        images = self._sample(
+            self._key,
+            experiment.params,
+            lora,
+            conditioning,
+            split.table.uncond,
+            prompts,
+            samples,
+            lora_timesteps,
+        )
+        rewards = self._score_rewards(experiment.reward.params, images, inputs)
+        return sharding.gather((images, rewards))
+
+    def _sample_rows(
+        self, key, params, lora, conditioning, uncond, prompts, samples, lora_timesteps
+    ):
+        def draw(prompt, sample):
+            noise_key, sampler_key = jax.random.split(
+                jax.random.fold_in(jax.random.fold_in(key, prompt), sample)
+            )
+            latent_shape = self.experiment.sd.latent_shape
+            return jax.random.normal(noise_key, latent_shape), sampler_key
+
+        latents, sampler_keys = jax.vmap(draw)(prompts, samples)
+        return self.experiment.sample(
+            params,
+            lora,
+            latents,
+            conditioning,
+            uncond,
+            sampler_keys,
+            lora_timesteps=lora_timesteps,
+        )
+
+
+def make_evaluator(config: ConfigDict, experiment: Experiment) -> Evaluator:
+    """Returns the evaluator of a config; batches that fit in memory to train on do to evaluate."""
+    return Evaluator(
+        experiment,
+        make_keys(config.train.seed).evaluation,
+        samples_per_prompt=config.evaluation.samples_per_prompt,
+        batch_size=config.train.microbatch_size or config.train.batch_size,
+    )
+
+
+def make_judges(config: ConfigDict) -> dict[str, Scorer]:
+    """Loads what judges the samples of a config besides its reward, by name.
+
+    Those of its model (see `judges.load_judges`), "jpeg_kb" for a reward on the size of files, and
+    those of what is to be removed (`judges.removal_judges`). The main process judges, which
+    writes what they say; elsewhere there are none.
+    """
+    if not is_main():
+        return {}
+    judges = find_judges(config.model)
+    rewards = [config.reward] if isinstance(config.reward, str) else list(config.reward)
+    if any(name.startswith("jpeg_") for name in rewards):
+        judges["jpeg_kb"] = jpeg_kilobytes(config.jpeg.quality)
+    if judges and "remove" in rewards:
+        judges |= removal_judges(resolve_model(config.model) / "judges", config.remove.concept)
+    return judges
+
+
+def summarize(evaluation: Evaluation) -> dict[str, float]:
+    """The number of samples n, and NAME_mean and NAME_std of every score.
+
+    A judge gives NaN where it has no opinion, and those samples do not count for it; a judge that
+    has none at all is left out.
+    """
+    summary: dict[str, float] = {"n": len(evaluation.scores["reward"])}
+    for name, scores in evaluation.scores.items():
+        if name.partition("/")[0] != "reward":
+            scores = scores[~np.isnan(scores)]
+        if scores.size:
+            scores = scores.astype(np.float64)
+            summary[f"{name}_mean"] = float(scores.mean())
+            summary[f"{name}_std"] = float(scores.std())
+    return summary
+
+
+def confidence_intervals(evaluation: Evaluation) -> dict[str, list[float]]:
+    """NAME_ci95 of every score: both ends of the interval of its mean, see `bootstrap`.
+
+    Scores of fewer than two prompts have none.
+    """
+    intervals = {}
+    for name, scores in evaluation.scores.items():
+        prompts = np.arange(len(scores)) % len(evaluation.prompts)
+        known = np.isfinite(scores)
+        interval = confidence_interval(scores[known], prompts[known])
+        if interval is not None:
+            intervals[f"{name}_ci95"] = list(interval)
+    return intervals

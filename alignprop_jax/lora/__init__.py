@@ -1,0 +1,1 @@
+"""Low-rank factors: the trainable tree, its files, and mixtures of two."""

@@ -1,0 +1,1 @@
+"""Prompts, what they ask for, and their token ids."""

@@ -1,0 +1,54 @@
+import os
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from alignprop_jax.devices.compilation import enable_compilation_cache, release_freed_memory
+
+
+@pytest.fixture(autouse=True)
+def restored_setting():
+    chosen = jax.config.jax_compilation_cache_dir
+    yield
+    jax.config.update("jax_compilation_cache_dir", chosen)
+
+
+def test_a_place_the_user_chose_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    jax.config.update("jax_compilation_cache_dir", "/chosen")
+    enable_compilation_cache()
+    assert jax.config.jax_compilation_cache_dir == "/chosen"
+
+
+def test_default_is_in_the_users_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    jax.config.update("jax_compilation_cache_dir", None)
+    enable_compilation_cache()
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "alignprop_jax" / "xla")
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    jax.config.update("jax_compilation_cache_dir", None)
+    enable_compilation_cache()
+    assert jax.config.jax_compilation_cache_dir is None
+
+
+def resident_bytes():
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc; trims glibc's heap")
+def test_what_was_freed_is_given_back():
+    """Pieces too small to be mapped by themselves, freed behind one that is still in use."""
+    pieces = [b"x" * (100_000 + i % 2) for i in range(2000)]
+    still_used = b"x" * 100_002
+    before = resident_bytes()
+    del pieces
+    release_freed_memory()
+    assert before - resident_bytes() > 150e6
+    del still_used

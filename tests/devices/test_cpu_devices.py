@@ -1,0 +1,54 @@
+import subprocess
+import sys
+
+import pytest
+
+from alignprop_jax.config import default_config
+from alignprop_jax.devices.cpu_devices import num_devices
+
+COUNT = """
+from alignprop_jax.config import default_config
+from alignprop_jax.devices.cpu_devices import use_cores
+import jax
+config = default_config()
+config.train.batch_size = 4
+use_cores(config)
+print(len(jax.devices()))
+use_cores(config)
+"""
+
+
+@pytest.mark.parametrize(
+    "batch, microbatch, fsdp, cores, expected",
+    [(8, 0, 1, 2, 2), (8, 0, 1, 6, 4), (9, 0, 1, 2, 1), (8, 2, 1, 8, 2), (16, 0, 2, 7, 4)],
+)
+def test_the_images_in_memory_divide_among_the_devices(batch, microbatch, fsdp, cores, expected):
+    config = default_config()
+    config.train.batch_size, config.train.microbatch_size = batch, microbatch
+    config.mesh.fsdp = fsdp
+    assert num_devices(config, cores) == expected
+
+
+def test_ddpo_s_minibatches_do_too():
+    config = default_config()
+    config.algorithm, config.train.batch_size, config.rollouts.minibatches = "ddpo", 8, 4
+    assert num_devices(config, 8) == 2
+
+
+@pytest.mark.parametrize(
+    "environment, expected",
+    [
+        ({}, "2"),
+        ({"JAX_NUM_CPU_DEVICES": "3"}, "3"),
+        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}, "4"),
+    ],
+)
+def test_cores_are_devices_unless_the_user_chose(environment, expected):
+    script = "import os; os.sched_getaffinity = lambda _: {0, 1}" + COUNT
+    process = subprocess.run(
+        [sys.executable, "-c", script],
+        env={"JAX_PLATFORMS": "cpu", **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert process.stdout.strip() == expected, process.stderr

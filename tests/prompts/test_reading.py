@@ -1,0 +1,54 @@
+import numpy as np
+import pytest
+
+from alignprop_jax.errors import UserError
+from alignprop_jax.prompts.reading import load_prompts, load_tokenizer, tokenize
+
+
+def test_built_in_list():
+    assert load_prompts("animals_unseen") == [
+        "a snail",
+        "a hippopotamus",
+        "a cheetah",
+        "a crocodile",
+        "a lobster",
+        "an octopus",
+    ]
+
+
+def test_a_file_has_one_prompt_a_line(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("  a red fox \n\nzwei Bären\r\n", encoding="utf-8")
+    assert load_prompts(str(path)) == ["a red fox", "zwei Bären"]
+
+
+def test_a_file_that_is_absent_empty_or_not_text(tmp_path):
+    with pytest.raises(UserError, match="'none.txt' cannot be read .No such file.*animals"):
+        load_prompts("none.txt")
+    with pytest.raises(UserError, match="cannot be read .Is a directory"):
+        load_prompts(str(tmp_path))
+    path = tmp_path / "prompts.txt"
+    path.write_text(" \n\n")
+    with pytest.raises(UserError, match="prompts.txt' is empty; write one prompt a line"):
+        load_prompts(str(path))
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="not UTF-8 text"):
+        load_prompts(str(path))
+
+
+def test_tokens_are_padded_and_cut_to_the_encoders_length(tmp_path):
+    torch_pipeline = pytest.importorskip("tests.torch_pipeline")
+    torch_pipeline.write_tokenizer(tmp_path).save_pretrained(tmp_path / "saved")
+    tokenizer = load_tokenizer(tmp_path / "saved")
+    ids = tokenize(tokenizer, ["a cat", "a hippopotamus on a tightrope"])
+    start, end = torch_pipeline.VOCAB_SIZE - 2, torch_pipeline.VOCAB_SIZE - 1
+    assert ids.dtype == np.int32 and ids.shape == (2, torch_pipeline.MAX_LENGTH)
+    # One token a character: start, a, c, a, t, end and padding.
+    assert ids[0, 0] == start and ids[1, 0] == start
+    assert list(ids[0, 5:]) == [end] * 11 and end not in ids[0, :5]
+    assert ids[1, -1] == end and end not in ids[1, :-1]
+
+
+def test_a_folder_without_a_tokenizer(tmp_path):
+    with pytest.raises(UserError, match="no CLIP tokenizer in"):
+        load_tokenizer(tmp_path)
