@@ -34,8 +34,8 @@ from alignprop_jax.evaluation.evaluator import (
 from alignprop_jax.evaluation.judges import Scorer, reward_scorer
 from alignprop_jax.evaluation.standardization import standardize_parts
 from alignprop_jax.experiment import load_experiment, load_reward
+from alignprop_jax.loading.buckets import in_bucket
 from alignprop_jax.lora.mixing import BASE_MODEL, LoraMix, define_flags_of_loras
-from alignprop_jax.records.buckets import in_bucket
 from alignprop_jax.records.images import columns_for, make_grid
 from alignprop_jax.records.metrics import write_json
 from alignprop_jax.records.workdir import Workdir

@@ -27,8 +27,9 @@ from alignprop_jax.diffusion.stable_diffusion import (
 )
 from alignprop_jax.loading.pretrained import load_stable_diffusion, open_model
 from alignprop_jax.loading.shapes_only import compute
+from alignprop_jax.loading.tokenizer import tokenize
 from alignprop_jax.models.execution import Execution
-from alignprop_jax.prompts.reading import load_prompts, tokenize
+from alignprop_jax.prompts.reading import load_prompts
 from alignprop_jax.rewards import Reward, check_reward, make_reward
 
 # Prompts encoded at a time: the text encoder's activations of a long list would not fit.

@@ -18,6 +18,7 @@ from alignprop_jax.devices.compilation import enable_compilation_cache
 from alignprop_jax.diffusion.schedulers import DDIMScheduler
 from alignprop_jax.errors import run_program
 from alignprop_jax.loading.pretrained import initial_params, load_component
+from alignprop_jax.loading.tokenizer import load_tokenizer, tokenize
 from alignprop_jax.loading.weights import save_params
 from alignprop_jax.models.clip import CLIPModel, CLIPTextModel
 from alignprop_jax.models.owlvit import OwlViT, OwlViTConfig
@@ -55,7 +56,6 @@ from alignprop_jax.pretraining.latents import encode_scenes
 from alignprop_jax.pretraining.scenes import SceneMixture, SceneSampler
 from alignprop_jax.pretraining.sprites import Sprites, load_sprites
 from alignprop_jax.pretraining.tokenizer import build_tokenizer
-from alignprop_jax.prompts.reading import load_tokenizer, tokenize
 
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 PARTS = (

@@ -8,8 +8,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from alignprop_jax.diffusion.stable_diffusion import encode_prompts
+from alignprop_jax.loading.tokenizer import tokenize
 from alignprop_jax.lora.factors import init_lora
-from alignprop_jax.prompts.reading import tokenize
 from tests.torch_pipeline import torch
 
 

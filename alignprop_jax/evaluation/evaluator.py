@@ -13,12 +13,12 @@ from alignprop_jax.devices import sharding
 from alignprop_jax.devices.distributed import is_main
 from alignprop_jax.evaluation.bootstrap import confidence_interval
 from alignprop_jax.evaluation.diversity import mean_distances
-from alignprop_jax.evaluation.file_size import jpeg_kilobytes
 from alignprop_jax.evaluation.judges import Scorer, find_judges, removal_judges
 from alignprop_jax.experiment import Experiment, Split, make_keys
 from alignprop_jax.loading.pretrained import resolve_model
 from alignprop_jax.records.images import to_uint8
 from alignprop_jax.records.progress import progress_bar
+from alignprop_jax.rewards.file_size import jpeg_kilobytes
 from alignprop_jax.rewards.weighted_sum import Statistics, standardize
 
 

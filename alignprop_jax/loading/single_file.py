@@ -30,8 +30,8 @@ from alignprop_jax.loading import hub, ldm_names, open_clip_names, shapes_only
 from alignprop_jax.loading.shape_configs import Shapes, text_config, unet_config, vae_config
 from alignprop_jax.loading.sources import FolderSource, T, parse_config
 from alignprop_jax.loading.tensor_files import read_metadata, read_shapes, read_tensors
+from alignprop_jax.loading.tokenizer import load_tokenizer
 from alignprop_jax.loading.weights import ParamTree, fill_params
-from alignprop_jax.prompts.reading import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

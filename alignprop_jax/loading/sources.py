@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from alignprop_jax.errors import UserError
 from alignprop_jax.loading import shapes_only
+from alignprop_jax.loading.tokenizer import load_tokenizer
 from alignprop_jax.loading.torch_file import EXTRA
 from alignprop_jax.loading.weights import ParamTree, load_params
 from alignprop_jax.loading.weights_files import find_weights
-from alignprop_jax.prompts.reading import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

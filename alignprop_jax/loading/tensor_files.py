@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save, save_file
 
 from alignprop_jax.errors import UserError
+from alignprop_jax.loading.buckets import in_bucket
 from alignprop_jax.loading.torch_file import read_pickle, read_pickle_shapes
-from alignprop_jax.records.buckets import in_bucket
 
 
 def write_safetensors(

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from alignprop_jax.loading.tokenizer import load_tokenizer
 from alignprop_jax.pretraining import export
 from alignprop_jax.pretraining.captions import caption, caption_words
 from alignprop_jax.pretraining.contrastive import make_caption_batches, train_clip_model
@@ -13,7 +14,6 @@ from alignprop_jax.pretraining.fit import Recipe
 from alignprop_jax.pretraining.scenes import Scene, SceneMixture, SceneSampler
 from alignprop_jax.pretraining.sprites import Sprites
 from alignprop_jax.pretraining.tokenizer import build_tokenizer
-from alignprop_jax.prompts.reading import load_tokenizer
 from alignprop_jax.rewards.clip_similarity import make_clip_score_reward
 
 _SEED = 4211  # of no other part of the project

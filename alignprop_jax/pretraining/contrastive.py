@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from alignprop_jax.loading.pretrained import initial_params
+from alignprop_jax.loading.tokenizer import tokenize
 from alignprop_jax.loading.weights import ParamTree
 from alignprop_jax.models.clip import CLIPConfig, CLIPModel
 from alignprop_jax.pretraining.degrade import degrade
 from alignprop_jax.pretraining.fit import BatchFn, LossFn, Recipe, fit
 from alignprop_jax.pretraining.pixels import to_pixel_values
 from alignprop_jax.pretraining.scenes import SceneSampler
-from alignprop_jax.prompts.reading import tokenize
 
 
 def train_clip_model(

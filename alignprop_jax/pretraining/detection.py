@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from alignprop_jax.loading.tokenizer import tokenize
 from alignprop_jax.loading.weights import ParamTree
 from alignprop_jax.models.owlvit import OwlViT
 from alignprop_jax.pretraining.fit import BatchFn, LossFn
 from alignprop_jax.pretraining.pixels import to_pixel_values
 from alignprop_jax.pretraining.scenes import IMAGE_SIZE, Scene, SceneSampler
 from alignprop_jax.prompts.english import is_countable, plural
-from alignprop_jax.prompts.reading import tokenize
 
 MAX_OBJECTS = 4
 _NOWHERE = -1

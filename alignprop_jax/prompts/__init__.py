@@ -1,1 +1,1 @@
-"""Prompts, what they ask for, and their token ids."""
+"""Prompts, and what they ask for."""

@@ -9,7 +9,7 @@ from PIL import Image
 
 from alignprop_jax.devices.distributed import is_main
 from alignprop_jax.errors import UserError
-from alignprop_jax.records.buckets import in_bucket
+from alignprop_jax.loading.buckets import in_bucket
 
 
 class Dashboard(Protocol):

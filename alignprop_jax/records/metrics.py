@@ -9,7 +9,7 @@ from typing import Any
 from etils import epath
 
 from alignprop_jax.devices.distributed import on_main
-from alignprop_jax.records.buckets import in_bucket
+from alignprop_jax.loading.buckets import in_bucket
 
 Record = dict[str, Any]
 

@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from alignprop_jax.evaluation.file_size import jpeg_kilobytes
 from alignprop_jax.rewards.base import Reward, no_prompt_inputs
+from alignprop_jax.rewards.file_size import jpeg_kilobytes
 from alignprop_jax.rewards.registry import register
 
 

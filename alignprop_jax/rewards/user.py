@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import jax.numpy as jnp
 
 from alignprop_jax.errors import UserError
-from alignprop_jax.prompts.reading import tokenize
+from alignprop_jax.loading.tokenizer import tokenize
 from alignprop_jax.rewards.base import Reward
 
 if TYPE_CHECKING:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from alignprop_jax.loading.tokenizer import load_tokenizer
 from alignprop_jax.pretraining.captions import caption_words
 from alignprop_jax.pretraining.colors import COLORS
 from alignprop_jax.pretraining.contrastive import (
@@ -13,7 +14,6 @@ from alignprop_jax.pretraining.contrastive import (
     make_contrastive_loss,
 )
 from alignprop_jax.pretraining.tokenizer import build_tokenizer
-from alignprop_jax.prompts.reading import load_tokenizer
 from tests.synthetic_scenes import make_scenes
 
 KEY = jax.random.key(0)

@@ -12,13 +12,13 @@ from safetensors.numpy import load_file
 from alignprop_jax.diffusion.sampling import make_sampler
 from alignprop_jax.diffusion.stable_diffusion import encode_prompts
 from alignprop_jax.loading.pretrained import abstract_params, load_component, load_stable_diffusion
+from alignprop_jax.loading.tokenizer import load_tokenizer, tokenize
 from alignprop_jax.models.clip import CLIPConfig, CLIPModel
 from alignprop_jax.models.unet import UNet, UNetConfig
 from alignprop_jax.models.vae import AutoencoderKL, VAEConfig
 from alignprop_jax.pretraining import export
 from alignprop_jax.pretraining.captions import caption_words
 from alignprop_jax.pretraining.tokenizer import build_tokenizer
-from alignprop_jax.prompts.reading import load_tokenizer, tokenize
 from alignprop_jax.rewards.preprocess import CLIPPreprocessor
 
 WEIGHTS = {

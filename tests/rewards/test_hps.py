@@ -8,7 +8,7 @@ from alignprop_jax.errors import UserError
 from alignprop_jax.loading.open_clip import load_open_clip
 from alignprop_jax.loading.pretrained import resolve_tokenizer
 from alignprop_jax.loading.tensor_files import write_safetensors
-from alignprop_jax.prompts.reading import load_tokenizer, tokenize
+from alignprop_jax.loading.tokenizer import load_tokenizer, tokenize
 from alignprop_jax.rewards import make_reward
 from alignprop_jax.rewards.clip_similarity import clip_similarity
 from alignprop_jax.rewards.preprocess import OPENAI_MEAN, OPENAI_STD, CLIPPreprocessor

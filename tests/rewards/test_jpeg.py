@@ -11,8 +11,8 @@ from PIL import Image
 from scipy.stats import spearmanr
 
 from alignprop_jax.errors import UserError
-from alignprop_jax.evaluation.file_size import jpeg_kilobytes
 from alignprop_jax.rewards import make_reward
+from alignprop_jax.rewards.file_size import jpeg_kilobytes
 from alignprop_jax.rewards.jpeg_size import jpeg_bytes, quantization_table
 from tests.rewards.varied_images import varied_images
 

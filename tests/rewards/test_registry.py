@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from alignprop_jax.errors import UserError
-from alignprop_jax.evaluation.file_size import jpeg_kilobytes
 from alignprop_jax.rewards import Reward, check_reward, make_reward, register
 from alignprop_jax.rewards.base import no_prompt_inputs
+from alignprop_jax.rewards.file_size import jpeg_kilobytes
 from alignprop_jax.rewards.registry import _FACTORIES
 from alignprop_jax.rewards.weighted_sum import measure, standardize
 
