@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from orbax.checkpoint import v1 as ocp
 
 from alignprop_jax.devices import sharding
 from alignprop_jax.errors import UserError
@@ -60,6 +59,8 @@ def restore(directory: epath.PathLike, step: int | None = None) -> dict[str, Any
         found = f"; there are {', '.join(map(str, steps))}" if steps else ""
         raise UserError(f"no checkpoint {'' if step is None else step} in {directory}{found}")
     path = directory.resolve() / str(steps[-1] if step is None else step)
+    from orbax.checkpoint import v1 as ocp
+
     try:
         arrays = jax.tree.map(lambda saved: np.empty(0, saved.dtype), ocp.metadata(path).metadata)
         return ocp.load(path, arrays)
@@ -86,6 +87,9 @@ class Checkpoints:
         Raises:
           UserError: the checkpoints there are of another model or another LoRA.
         """
+        # Importing it takes half a second that a mistyped flag should not cost.
+        from orbax.checkpoint import v1 as ocp
+
         self._directory = epath.Path(directory).resolve()
         self._fingerprint = fingerprint
         policies = ocp.training.preservation_policies

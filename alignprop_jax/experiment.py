@@ -17,7 +17,7 @@ from alignprop_jax.algorithms.presets import WITHOUT_REWARD_GRADIENT
 from alignprop_jax.config import gradient_path
 from alignprop_jax.devices import sharding
 from alignprop_jax.diffusion.remat import bytes_kept_of, choose_remat, device_memory
-from alignprop_jax.diffusion.sampling import make_sampler
+from alignprop_jax.diffusion.sampling import make_sampler, steps_apart
 from alignprop_jax.diffusion.stable_diffusion import (
     TEXT_ENCODERS,
     Conditioning,
@@ -144,10 +144,13 @@ def _remat(
     images *= 1 if config.sampler.guidance_scale == 1 else 2
     kept = images * bytes_kept_of(sd, unet_params, prompt)
     path, num_steps = gradient_path(config), config.sampler.num_steps
-    trained_steps = path.truncation.expected_steps(num_steps) + path.renoise
     if config.algorithm in WITHOUT_REWARD_GRADIENT:
-        trained_steps = num_steps
-    return choose_remat(kept, num_steps + path.renoise, trained_steps, device_memory(mesh))
+        num_kept = trained_steps = num_steps
+    else:
+        apart = steps_apart(path.never_trained(num_steps), num_steps)
+        num_kept = num_steps - apart + path.renoise
+        trained_steps = path.truncation.expected_steps(num_steps) + path.renoise
+    return choose_remat(kept, num_kept, trained_steps, device_memory(mesh))
 
 
 def load_reward(config: ConfigDict, name: str) -> Reward:

@@ -57,7 +57,11 @@ def build_train_step(config: ConfigDict, experiment: Experiment) -> Callable[...
         )
     path = gradient_path(config)
     return make_train_step(
-        functools.partial(experiment.sample, renoise=path.renoise),
+        functools.partial(
+            experiment.sample,
+            renoise=path.renoise,
+            never_trained=path.never_trained(config.sampler.num_steps),
+        ),
         experiment.reward,
         make_loss(config.loss.shape, config.loss.target, config.loss.scale),
         optimizer_of(config),

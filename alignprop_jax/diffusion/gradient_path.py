@@ -94,5 +94,9 @@ class GradientPath:
         trained = self.truncation.draw(steps_key, num_steps, stop)
         return StepDraw(trained & (jnp.arange(num_steps) <= stop), stop)
 
+    def never_trained(self, num_steps: int) -> int:
+        """How many of the first of T = `num_steps` steps no draw trains; 0 for early stops."""
+        return self.truncation.never_trained(num_steps) if self.reward_at == "sample" else 0
+
     def _num_stops(self, num_steps: int) -> int:
         return max(1, round(self.stop_share * num_steps))

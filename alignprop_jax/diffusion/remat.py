@@ -22,25 +22,23 @@ _LEAST_TRAINED = 0.3
 _ALL_ACTIVATIONS = 8
 
 
-def choose_remat(
-    bytes_kept: float, num_steps: int, trained_steps: float, memory: int | None
-) -> str:
+def choose_remat(bytes_kept: float, num_kept: int, trained_steps: float, memory: int | None) -> str:
     """The fastest of `sampling.REMAT_POLICIES` that a device has room for.
 
     Args:
         bytes_kept: of one step by "partial", of all images that a device has in memory.
-        num_steps: of a sample.
+        num_kept: steps of a sample of which something is kept, trained or not.
         trained_steps: of them, in the mean.
         memory: bytes of a device; None where nobody knows.
 
     Returns:
-        "partial" where half of the memory holds what it keeps of all steps, trained or not, and
-        where enough are trained for that to pay; else "step" where it holds all activations of one;
+        "partial" where half of the memory holds what it keeps of all these steps, and where enough
+        of them are trained for that to pay; else "step" where it holds all activations of one;
         else "block".
     """
     if memory is None:
         return "block"
-    if trained_steps >= _LEAST_TRAINED * num_steps and bytes_kept * num_steps <= _SHARE * memory:
+    if trained_steps >= _LEAST_TRAINED * num_kept and bytes_kept * num_kept <= _SHARE * memory:
         return "partial"
     return "step" if bytes_kept * _ALL_ACTIVATIONS <= _SHARE * memory else "block"
 

@@ -1,5 +1,6 @@
 """From noise and a prompt to images, differentiably: guidance and the scan over denoising steps."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -21,7 +22,14 @@ from alignprop_jax.models import saved_names
 
 REMAT_POLICIES = ("none", "partial", "step", "block")
 _KEEPS_ARGUMENTS_ALONE = ("step", "block")
+# A loop of their own takes its time to compile; that of fewer steps does not pay.
+_LEAST_APART = 0.25
 _COSTLY = jax.checkpoint_policies.save_only_these_names(*saved_names.ALL)
+
+
+def steps_apart(never_trained: int, num_steps: int) -> int:
+    """How many of the steps that no draw trains have a loop of their own, which keeps nothing."""
+    return never_trained if never_trained >= _LEAST_APART * num_steps else 0
 
 
 def gate_gradient(denoise: Callable[..., Array], remat: str) -> Callable[..., Array]:
@@ -202,6 +210,7 @@ def make_sampler(
         renoise: int = 0,
         lora_timesteps: tuple[Int[Array, ""], Int[Array, ""]] | None = None,
         keep_latents: bool = False,
+        never_trained: int = 0,
     ) -> Float[Array, "n*b H W 3"] | Trajectory:
         """Samples one image for each of the latents.
 
@@ -225,6 +234,8 @@ def make_sampler(
             lora_timesteps: the highest and the lowest timestep at which the UNet has the LoRA, both
                 included; None for all.
             keep_latents: gives the latents on the way, too; without `renoise` and `stop`.
+            never_trained: so many of the first steps are False in every `trained`, so that nothing
+                need be kept of them; without `stop` and `keep_latents`.
 
         `trained`, `stop` and `lora_timesteps` are data: one compiled program serves all of them.
 
@@ -248,7 +259,7 @@ def make_sampler(
                 lambda key: jax.random.normal(jax.random.fold_in(key, index), latents.shape[1:])
             )(keys)
 
-        def step(carried, inputs):
+        def step(lora, carried, inputs):
             index, is_trained, at = inputs
             x_t, runs = carried, None if stop is None else index <= stop
             is_copy = index >= num_steps
@@ -276,9 +287,18 @@ def make_sampler(
             return jnp.where(is_copy, carried, x_prev), x_prev
 
         inputs = (jnp.arange(num_rows), trained, jax.tree.map(jnp.asarray, rows))
-        x_0, after = jax.lax.scan(step, latents.astype(jnp.float32), inputs)
+        start, first = latents.astype(jnp.float32), 0
+        if remat not in _KEEPS_ARGUMENTS_ALONE:
+            first = steps_apart(never_trained, num_steps)
+        if first:
+            before = jax.tree.map(lambda x: x[:first], inputs)
+            inputs = jax.tree.map(lambda x: x[first:], inputs)
+            constant = jax.lax.stop_gradient(lora)
+            start, _ = jax.lax.scan(functools.partial(step, constant), start, before)
+            start = jax.lax.stop_gradient(start)
+        x_0, after = jax.lax.scan(functools.partial(step, lora), start, inputs)
         if renoise:
-            x_0 = interleave(x_0, *after[num_steps:])
+            x_0 = interleave(x_0, *after[-renoise:])
         images = decode_latents(sd, params, x_0)
         if not keep_latents:
             return images

@@ -100,6 +100,19 @@ class Truncation:
         below = sum(normal.cdf(step + 1) - low for step in range(1, num_steps))
         return below / (high - low)
 
+    def never_trained(self, num_steps: int) -> int:
+        """How many of the first of T = `num_steps` steps no draw trains, where all are run."""
+        match self.strategy:
+            case "fixed":
+                return self.start
+            case "last":
+                return num_steps - self.k
+            case "uniform" | "per_step":
+                return self.min
+            case "gaussian":
+                return 1
+        return 0
+
     def draw(
         self, key: Key[Array, ""], num_steps: int, stop: Int[Array, ""] | None = None
     ) -> Bool[Array, " t"]:

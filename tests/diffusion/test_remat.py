@@ -51,7 +51,7 @@ def test_what_is_kept_is_what_room_was_made_for(model):
 
 
 @pytest.mark.parametrize(
-    "num_steps, trained_steps, memory, policy",
+    "num_kept, trained_steps, memory, policy",
     [
         (50, 50, None, "block"),
         (50, 25, 10_000, "partial"),
@@ -62,9 +62,9 @@ def test_what_is_kept_is_what_room_was_made_for(model):
         (5, 1, 1_600, "step"),
     ],
 )
-def test_less_is_kept_where_there_is_less_memory(num_steps, trained_steps, memory, policy):
+def test_less_is_kept_where_there_is_less_memory(num_kept, trained_steps, memory, policy):
     """Of 100 bytes a step, and eight times that for all activations, in half of the memory."""
-    assert choose_remat(100, num_steps, trained_steps, memory) == policy
+    assert choose_remat(100, num_kept, trained_steps, memory) == policy
 
 
 def test_the_devices_of_a_cpu_share_its_memory():

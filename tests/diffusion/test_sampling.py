@@ -274,6 +274,35 @@ def test_closed_gates_evaluate_nothing(remat, may_stop):
     assert gradient._cache_size() == 1
 
 
+@pytest.mark.parametrize("remat", ["none", "partial", "step"])
+def test_nothing_is_kept_of_steps_that_are_never_trained(
+    pipeline, inputs, lora, torch_gradient, remat
+):
+    _, sd, params, _ = pipeline
+    sample = make_sampler(sd, NUM_STEPS, GUIDANCE, remat=remat)
+    trained, never_trained = (0, 0, 0, 1), 3
+
+    def reward(lora):
+        at = jnp.asarray(trained, bool)
+        key = jax.random.key(0)
+        images = sample(params, lora, *inputs, key, at, never_trained=never_trained)
+        return jnp.sum(images * cotangent(images))
+
+    assert_close_gradients(flatten_dict(jax.jit(jax.grad(reward))(lora)), torch_gradient(trained))
+    equations = jax.make_jaxpr(jax.grad(reward))(lora).eqns
+    forward = [
+        (equation.params["length"], equation.params["num_carry"], len(equation.outvars))
+        for equation in equations
+        if equation.primitive.name == "scan" and not equation.params["reverse"]
+    ]
+    if remat == "step":  # What is kept is next to nothing, and one loop compiles sooner.
+        assert [length for length, *_ in forward] == [NUM_STEPS]
+        return
+    (apart, carried, given), (kept, _, _) = forward
+    assert (apart, kept) == (never_trained, 1)
+    assert given == carried  # and nothing is stacked
+
+
 @pytest.mark.parametrize(
     "remat, stop, renoise",
     # An early stop has every step evaluated again, whatever remat says.

@@ -96,7 +96,7 @@ def test_spaced_trains_k_steps_at_a_random_phase(num_steps, k, stride, phases):
         np.testing.assert_array_equal(np.flatnonzero(row), phase + stride * np.arange(k))
 
 
-@pytest.mark.parametrize(
+EACH_STRATEGY = pytest.mark.parametrize(
     "strategy, settings",
     [
         ("full", {}),
@@ -109,11 +109,20 @@ def test_spaced_trains_k_steps_at_a_random_phase(num_steps, k, stride, phases):
         ("spaced", {"k": 3}),
     ],
 )
+
+
+@EACH_STRATEGY
 def test_expected_steps_are_the_mean_of_the_draws(strategy, settings):
     counts = draw_many(strategy, 10, **settings).sum(1)
     error = counts.std() / math.sqrt(DRAWS)
     expected = Truncation(strategy, **settings).expected_steps(10)
     assert abs(counts.mean() - expected) <= 5 * error + 1e-9
+
+
+@EACH_STRATEGY
+def test_steps_that_are_never_trained_are_all_before_the_first_that_ever_is(strategy, settings):
+    ever = draw_many(strategy, 10, **settings).any(0)
+    assert Truncation(strategy, **settings).never_trained(10) == np.argmax(ever)
 
 
 @pytest.mark.parametrize(
