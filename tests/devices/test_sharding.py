@@ -39,10 +39,10 @@ def steps(nano_config, tmp_path_factory):
     return folder, run_steps(nano_config, folder, "1_1", "8_1", "8_2")
 
 
-def assert_same_step(folder, scalars, meshes):
+def assert_same_step(folder, scalars, meshes, atol=1e-5):
     expected = np.load(folder / "1_1.npy")
     for mesh in meshes:
-        np.testing.assert_allclose(np.load(folder / f"{mesh}.npy"), expected, atol=1e-5)
+        np.testing.assert_allclose(np.load(folder / f"{mesh}.npy"), expected, atol=atol)
         for name in ("loss", "reward_mean", "reward_std", "grad_norm"):
             # The advantages of a batch cancel in the loss of DDPO.
             wanted = scalars["1_1"][name]
@@ -56,11 +56,16 @@ def test_a_step_is_the_same_on_eight_devices(steps):
     assert_same_step(folder, scalars, ("8_1", "8_2"))
 
 
-@pytest.mark.parametrize("algorithm", ["ddpo", "rwr"])
-def test_so_is_one_without_the_gradient_of_the_reward(nano_config, tmp_path, algorithm):
+@pytest.mark.parametrize(
+    "algorithm, atol",
+    # Log-probabilities divide by the variance of a step, and so magnify how sampling was rounded,
+    # which differs between processors: by up to 2e-5, of a gradient of norm 0.2.
+    [("ddpo", 1e-4), ("rwr", 1e-5)],
+)
+def test_so_is_one_without_the_gradient_of_the_reward(nano_config, tmp_path, algorithm, atol):
     scalars = run_steps(nano_config, tmp_path, "1_1", "4_1", algorithm=algorithm)
     assert scalars["1_1"]["grad_norm"] > 1e-3
-    assert_same_step(tmp_path, scalars, ["4_1"])
+    assert_same_step(tmp_path, scalars, ["4_1"], atol)
 
 
 @pytest.mark.slow
