@@ -6,6 +6,7 @@ alike, takes the TPU's compiler hours. What a layer adds to a step shows between
 
 import collections
 import dataclasses
+from collections.abc import Mapping
 
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
@@ -41,10 +42,13 @@ def with_layers(config: ConfigDict, experiment: Experiment, layers: int) -> Expe
 
 
 def extrapolate(
-    one: collections.Counter, two: collections.Counter, layers: int
+    one: Mapping[str, float], two: Mapping[str, float], layers: int
 ) -> collections.Counter:
     """What `layers` layers take, of whatever one and two of them do: a line through both."""
     names = one.keys() | two.keys()
     return collections.Counter(
-        {name: one[name] + (layers - 1) * (two[name] - one[name]) for name in names}
+        {
+            name: one.get(name, 0) + (layers - 1) * (two.get(name, 0) - one.get(name, 0))
+            for name in names
+        }
     )

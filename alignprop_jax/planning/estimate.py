@@ -1,6 +1,7 @@
 """One train step, compiled for a TPU slice, and what it costs there."""
 
 import dataclasses
+import functools
 import multiprocessing
 import os
 import tempfile
@@ -94,13 +95,17 @@ def estimate(config: ConfigDict, topology: Topology) -> Estimate:
         UserError: the config's models or files cannot be found, it does not divide among the chips,
             or the TPU's compiler is not installed.
     """
-    layers = deepest_transformer(_load(config, topology).sd.unet)
+    experiment = _load(config, topology)
+    layers = deepest_transformer(experiment.sd.unet)
     if layers <= MOST_LAYERS:
-        return _estimate(config, topology, compile_whole)
+        return _estimate(config, topology, experiment, compile_whole)
     result = estimate_memory(config, topology)
     if result.cost is None:
         return result
-    one, two = (_estimate(config, topology, compile_whole, number) for number in (1, 2))
+    one, two = (
+        _estimate(config, topology, with_layers(config, experiment, number), compile_whole)
+        for number in (1, 2)
+    )
     cycles = extrapolate(one.cost.cycles, two.cost.cycles, layers)
     memory = extrapolate(one.memory, two.memory, layers)
     return dataclasses.replace(
@@ -148,7 +153,9 @@ def _send_memory(
     config.reward = reward  # Pickled inside a config, a dict of weights becomes a config, too.
     dump_to(dump)
     try:
-        sender.send(_estimate(config, topology, lambda traced: compile_layout(traced, dump)))
+        experiment = _load(config, topology)
+        compile_ = functools.partial(compile_layout, dump=dump)
+        sender.send(_estimate(config, topology, experiment, compile_))
     except Exception as error:
         sender.send(error)
     sender.close()
@@ -164,14 +171,11 @@ def _load(config: ConfigDict, topology: Topology) -> Experiment:
 def _estimate(
     config: ConfigDict,
     topology: Topology,
+    experiment: Experiment,
     compile_: Callable[[jax.stages.Traced], Compiled],
-    layers: int | None = None,
 ) -> Estimate:
-    experiment = _load(config, topology)
     mesh = experiment.mesh
     with shapes_only():
-        if layers is not None:
-            experiment = with_layers(config, experiment, layers)
         state = create_state(config, experiment)
         traced = trace_train_step(config, experiment, state)
         unet, reward, prompts = frozen_arguments(experiment)
