@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -93,18 +94,21 @@ def load_experiment(config: ConfigDict, mesh: Mesh | None = None) -> Experiment:
     shardings_of = functools.partial(sharding.of_frozen, mesh=mesh)
     sd, params, tokenizers = load_stable_diffusion(config.model, execution, size, shardings_of)
     reward = make_reward(config.reward, tokenizers[0], _reward_options(config, dtype))
-    check_reward(reward, sd.image_shape, config.algorithm not in WITHOUT_REWARD_GRADIENT)
-    encoded = encode(sd, params, tokenizers, [config.negative_prompt, *sum(prompts.values(), [])])
+    texts = sum(prompts.values(), [])
+    inputs = reward.prepare(texts)
+    check_reward(reward, sd.image_shape, config.algorithm not in WITHOUT_REWARD_GRADIENT, inputs)
+    encoded = encode(sd, params, tokenizers, [config.negative_prompt, *texts])
     remat = _remat(config, sd, params["unet"], encoded[:1], mesh)
     if remat == "block":
         sd = sd.rematerialized()
     everywhere = sharding.replicated(mesh)
-    splits, start = {}, 1
-    for name, texts in prompts.items():
-        stop = start + len(texts)
-        table = PromptTable(encoded[start:stop], encoded[:1], reward.prepare(texts))
-        start = stop
-        splits[name] = Split(texts, sharding.put(table, everywhere))
+    splits, start = {}, 0
+    for name, of_split in prompts.items():
+        rows = slice(start, start + len(of_split))
+        of_reward = jax.tree.map(operator.itemgetter(rows), inputs)
+        table = PromptTable(encoded[1:][rows], encoded[:1], of_reward)
+        splits[name] = Split(of_split, sharding.put(table, everywhere))
+        start = rows.stop
     reward_params = sharding.put(reward.params, sharding.of_frozen(reward.params, mesh))
     return Experiment(
         mesh=mesh,

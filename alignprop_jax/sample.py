@@ -16,7 +16,7 @@ import numpy as np
 from absl import flags
 from jaxtyping import Array, Float, Key
 
-from alignprop_jax.devices.compilation import enable_compilation_cache
+from alignprop_jax.devices.compilation import compiler_options, enable_compilation_cache
 from alignprop_jax.devices.distributed import on_every_host, on_main
 from alignprop_jax.diffusion.sampling import make_sampler
 from alignprop_jax.errors import UserError, run_program
@@ -60,7 +60,7 @@ def sample(
         noise = jax.vmap(lambda key: jax.random.normal(key, sd.latent_shape))(latent_keys)
     encoded = encode(sd, params, tokenizers, [negative_prompt, *prompts])
     frozen = {"unet": params["unet"], "vae": params["vae"]}
-    run = jax.jit(run)
+    run = jax.jit(run, compiler_options=compiler_options())
     images = []
     batch_size = min(batch_size, len(prompts))
     with progress_bar(len(prompts), "sampling", "image") as progress:

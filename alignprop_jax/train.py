@@ -20,7 +20,11 @@ from alignprop_jax.algorithms.state import TrainState
 from alignprop_jax.checkpoints import Checkpoints, make_fingerprint
 from alignprop_jax.config import define_config_flag, lora_scale, validate
 from alignprop_jax.devices import distributed, sharding
-from alignprop_jax.devices.compilation import enable_compilation_cache, release_freed_memory
+from alignprop_jax.devices.compilation import (
+    compiler_options,
+    enable_compilation_cache,
+    release_freed_memory,
+)
 from alignprop_jax.devices.cpu_devices import use_cores
 from alignprop_jax.errors import UserError, run_program
 from alignprop_jax.evaluation.evaluator import Evaluator, make_evaluator, make_judges
@@ -162,7 +166,8 @@ def compile_train_step(
     """Compiles one update; returns it with the seconds that took."""
     print("compiling the train step ...", end=" ", flush=True)
     began = time.perf_counter()
-    compiled = trace_train_step(config, experiment, state).lower().compile()
+    lowered = trace_train_step(config, experiment, state).lower()
+    compiled = lowered.compile(compiler_options())
     release_freed_memory()
     seconds = time.perf_counter() - began
     print(f"{seconds:.0f} s", flush=True)

@@ -15,7 +15,6 @@ from alignprop_jax.algorithms.batches import (
     count_microbatches,
     draw_latents,
     reward_metrics,
-    score_images,
 )
 from alignprop_jax.algorithms.losses import Loss
 from alignprop_jax.algorithms.optimizer import descend_if
@@ -116,7 +115,7 @@ def make_train_step(
                 steps.stop,
             )
             inputs = jax.tree.map(lambda x: jnp.repeat(x, len(images) // len(latents), 0), inputs)
-            scores, parts = score_images(reward, reward_params, images, inputs)
+            scores, parts = reward.score_with_parts(reward_params, images, inputs)
             return jnp.sum(loss(scores)) / len(latents), (scores, parts)
 
         value, rewards, gradient = accumulate_gradients(objective, lora, batch, num_microbatches)

@@ -1,4 +1,4 @@
-"""What every algorithm does with a batch: look up its prompts, draw its noise, score its images."""
+"""What every algorithm does with a batch: look up prompts, draw noise, sum up rewards."""
 
 import flax.struct
 import jax
@@ -7,7 +7,6 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from alignprop_jax.diffusion.stable_diffusion import Conditioning
 from alignprop_jax.errors import UserError
-from alignprop_jax.rewards.base import Reward
 
 Metrics = dict[str, Array]
 
@@ -47,16 +46,6 @@ def draw_latents(
     """Standard normal noise of each image, and a key for what its sampler draws."""
     latent_keys, sampler_keys = jax.vmap(jax.random.split, out_axes=1)(image_keys)
     return jax.vmap(lambda key: jax.random.normal(key, shape))(latent_keys), sampler_keys
-
-
-def score_images(
-    reward: Reward, reward_params: PyTree, images: Float[Array, "b h w 3"], inputs: PyTree
-) -> tuple[Float[Array, " b"], dict[str, Float[Array, " b"]]]:
-    """The reward of each image, and that of each part of a sum by its name."""
-    scores = reward.score(reward_params, images, inputs)
-    return scores, {
-        name: score(reward_params, images, inputs) for name, score in reward.parts.items()
-    }
 
 
 def reward_metrics(scores: Float[Array, " b"], parts: dict[str, Float[Array, " b"]]) -> Metrics:

@@ -24,7 +24,6 @@ from alignprop_jax.algorithms.batches import (
     count_microbatches,
     draw_latents,
     reward_metrics,
-    score_images,
 )
 from alignprop_jax.algorithms.optimizer import descend_if
 from alignprop_jax.algorithms.prompt_order import prompt_indices
@@ -164,7 +163,7 @@ def make_rollout_step(
                 prompts.uncond,
                 sampler_keys,
             )
-            scored = score_images(reward, reward_params, trajectory.images, inputs)
+            scored = reward.score_with_parts(reward_params, trajectory.images, inputs)
             return trajectory.latents, trajectory.log_probs, *scored
 
         return (), map_microbatches(draw_microbatch, batch, sampled_at_a_time)

@@ -1,7 +1,4 @@
-"""Compiled programs kept on disk, so that the second start of a run takes seconds.
-
-And the memory that compiling took, given back.
-"""
+"""How programs are compiled, kept on disk, and what compiling leaves behind."""
 
 import ctypes
 import os
@@ -25,6 +22,18 @@ def enable_compilation_cache() -> None:
     except OSError:
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def compiler_options() -> dict[str, str]:
+    """What XLA is told beyond its defaults on the devices at hand, as `jax.jit` takes it.
+
+    On CPUs it hands convolutions, products and sums to the library YNNPACK, which takes up to twice
+    the time of its own, and whose calls take most of the time of reading a program from disk
+    (docs/performance.md).
+    """
+    if jax.default_backend() != "cpu":
+        return {}
+    return {"xla_cpu_experimental_ynn_fusion_type": ""}
 
 
 def release_freed_memory() -> None:

@@ -10,6 +10,7 @@ from jaxtyping import Key, PyTree
 from ml_collections import ConfigDict
 
 from alignprop_jax.devices import sharding
+from alignprop_jax.devices.compilation import compiler_options
 from alignprop_jax.devices.distributed import is_main
 from alignprop_jax.evaluation.bootstrap import confidence_interval
 from alignprop_jax.evaluation.diversity import mean_distances
@@ -52,12 +53,9 @@ class Evaluator:
         self._rows_sharding = sharding.over_batch(experiment.mesh)
         # An argument, and no constant of the program, which serves every seed then.
         self._key = sharding.put(key, sharding.replicated(experiment.mesh))
-        self._sample = jax.jit(self._sample_rows)
-        reward = experiment.reward
-        scores = {"reward": reward.score}
-        scores |= {f"reward/{name}": part for name, part in reward.parts.items()}
+        self._sample = jax.jit(self._sample_rows, compiler_options=compiler_options())
         self._score_rewards = jax.jit(
-            lambda *arguments: {name: score(*arguments) for name, score in scores.items()}
+            experiment.reward.score_with_parts, compiler_options=compiler_options()
         )
 
     def evaluate(
@@ -156,8 +154,9 @@ class Evaluator:
             samples,
             lora_timesteps,
         )
-        rewards = self._score_rewards(experiment.reward.params, images, inputs)
-        return sharding.gather((images, rewards))
+        scored = self._score_rewards(experiment.reward.params, images, inputs)
+        images, (scores, parts) = sharding.gather((images, scored))
+        return images, {"reward": scores} | {f"reward/{name}": parts[name] for name in parts}
 
     def _sample_rows(
         self, key, params, lora, conditioning, uncond, prompts, samples, lora_timesteps

@@ -26,7 +26,8 @@ class Reward:
         prepare: turns P prompts into arrays with leading axis P, once before training. A step
             gathers its rows, [B, ...], as `prompt_inputs`.
         parts: for a sum of rewards, the score of each, unweighted, by name; as `score`, of the same
-            arguments. Compiled together with `score`, they share its work.
+            arguments.
+        add_up: for a sum of rewards, (params, scores of the parts by name) -> scores.
     """
 
     name: str
@@ -34,6 +35,16 @@ class Reward:
     score: Score
     prepare: Callable[[Sequence[str]], PyTree]
     parts: Mapping[str, Score] = dataclasses.field(default_factory=dict)
+    add_up: Callable[[PyTree, Mapping[str, Array]], Float[Array, " b"]] | None = None
+
+    def score_with_parts(
+        self, params: PyTree, images: Float[Array, "b h w 3"], inputs: PyTree
+    ) -> tuple[Float[Array, " b"], dict[str, Float[Array, " b"]]]:
+        """`score`, and that of each part of a sum by its name, of one evaluation of each."""
+        if not self.parts:
+            return self.score(params, images, inputs), {}
+        scores = {name: score(params, images, inputs) for name, score in self.parts.items()}
+        return self.add_up(params, scores), scores
 
 
 def no_prompt_inputs(prompts: Sequence[str]) -> np.ndarray:
@@ -42,23 +53,29 @@ def no_prompt_inputs(prompts: Sequence[str]) -> np.ndarray:
 
 
 def check_reward(
-    reward: Reward, image_shape: tuple[int, int, int], differentiable: bool = True
+    reward: Reward,
+    image_shape: tuple[int, int, int],
+    differentiable: bool = True,
+    inputs: PyTree | None = None,
 ) -> None:
     """Traces the reward and its gradient without computing them.
 
     Args:
         image_shape: height, width and 3.
         differentiable: whether it has to have a gradient.
+        inputs: what `reward.prepare` gave; None for that of made-up prompts.
 
     Raises:
         UserError: the reward fails, cannot be traced or differentiated, or does not return one
             float an image.
     """
     batch = 3
-    inputs = reward.prepare(["a photo"] * batch)
+    if inputs is None:
+        inputs = reward.prepare(["a photo"])
+    inputs = jax.tree.map(lambda rows: np.asarray(rows)[np.arange(batch) % len(rows)], inputs)
     images = jax.ShapeDtypeStruct((batch, *image_shape), jnp.float32)
-    # The parts first: one of the wrong shape may go unseen in the sum.
-    for name, score in {**reward.parts, reward.name: reward.score}.items():
+    # Of a sum the parts: one of the wrong shape may go unseen in it.
+    for name, score in (reward.parts or {reward.name: reward.score}).items():
         try:
             scores = jax.eval_shape(score, reward.params, images, inputs)
         except UserError:

@@ -38,12 +38,15 @@ def weighted_sum(rewards: Mapping[str, Reward], weights: Mapping[str, float]) ->
 
     parts = {name: part(name) for name in rewards}
 
-    def score(params, images, inputs):
-        total = jnp.zeros(len(images))
-        for name, part in parts.items():
+    def add_up(params, scores):
+        total = jnp.float32(0)
+        for name, values in scores.items():
             mean, std = params["statistics"][name]
-            total += weights[name] * (part(params, images, inputs) - mean) / std
+            total += weights[name] * (values - mean) / std
         return total
+
+    def score(params, images, inputs):
+        return add_up(params, {name: part(params, images, inputs) for name, part in parts.items()})
 
     reward = Reward(
         name=" + ".join(f"{weight:g} {name}" for name, weight in weights.items()),
@@ -51,6 +54,7 @@ def weighted_sum(rewards: Mapping[str, Reward], weights: Mapping[str, float]) ->
         score=score,
         prepare=lambda prompts: {name: reward.prepare(prompts) for name, reward in rewards.items()},
         parts=parts,
+        add_up=add_up,
     )
     return standardize(reward, dict.fromkeys(rewards, (0.0, 1.0)))
 

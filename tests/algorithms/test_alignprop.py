@@ -1,5 +1,7 @@
 """The AlignProp step: its update derived by hand on a sampler that is one line of arithmetic."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,7 +43,14 @@ def toy_reward(parts=False):
         return params * jnp.mean(images, axis=(1, 2, 3)) + inputs
 
     named = {"half": lambda *args: score(*args) / 2, "double": lambda *args: 2 * score(*args)}
-    return Reward("toy", jnp.float32(3.0), score, no_prompt_inputs, named if parts else {})
+    reward = Reward("toy", jnp.float32(3.0), score, no_prompt_inputs)
+    if not parts:
+        return reward
+
+    def add_up(params, scores):
+        return (scores["half"] + scores["double"]) / 2.5
+
+    return dataclasses.replace(reward, parts=named, add_up=add_up)
 
 
 @pytest.fixture

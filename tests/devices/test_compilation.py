@@ -5,7 +5,11 @@ from pathlib import Path
 import jax
 import pytest
 
-from alignprop_jax.devices.compilation import enable_compilation_cache, release_freed_memory
+from alignprop_jax.devices.compilation import (
+    compiler_options,
+    enable_compilation_cache,
+    release_freed_memory,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +39,15 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
     jax.config.update("jax_compilation_cache_dir", None)
     enable_compilation_cache()
     assert jax.config.jax_compilation_cache_dir is None
+
+
+def test_xla_computes_products_itself():
+    x = jax.ShapeDtypeStruct((256, 256), "float32")
+    calls = [
+        jax.jit(lambda x: x @ x, compiler_options=options).lower(x).compile().as_text().count("ynn")
+        for options in (None, compiler_options())
+    ]
+    assert calls[0] > 0 and calls[1] == 0
 
 
 def resident_bytes():

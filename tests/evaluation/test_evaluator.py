@@ -32,7 +32,9 @@ def make_experiment():
 
     weights = {"weight": jnp.float32(2.0)}
     parts = {"half": lambda *arguments: 0.5 * score(*arguments)}
-    reward = Reward("mean", weights, score, lambda prompts: None, parts)
+    reward = Reward(
+        "mean", weights, score, lambda prompts: None, parts, lambda params, of: 2.0 * of["half"]
+    )
     context = Conditioning(jnp.arange(5.0).reshape(5, 1, 1))
     inputs = 100.0 * jnp.arange(5.0).reshape(5, 1)
     table = PromptTable(context, Conditioning(jnp.zeros((1, 1, 1))), inputs)
