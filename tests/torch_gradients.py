@@ -1,6 +1,8 @@
 """One model and one reward on both sides: what gradients by JAX and by PyTorch are compared on."""
 
+import copy
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +10,38 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from alignprop_jax.diffusion.stable_diffusion import encode_prompts
+from alignprop_jax.loading.pretrained import load_stable_diffusion
 from alignprop_jax.loading.tokenizer import tokenize
 from alignprop_jax.lora.factors import init_lora
-from tests.torch_pipeline import torch
+from tests.torch_pipeline import build_torch_pipeline, torch
+
+
+class BothSides(NamedTuple):
+    """A model with factors on both sides, and what to sample with it."""
+
+    peer: object
+    unet: object  # the peer's, with the factors in it
+    factors: dict
+    sd: object
+    params: dict
+    lora: dict
+    latents: object
+    context: object
+    uncond: object
+    keys: object
+
+
+def build_both_sides(folder, prompts, num_steps):
+    """Writes a pipeline and loads it, and factors, into PyTorch and into this package."""
+    peer = build_torch_pipeline(folder)
+    peer.scheduler.set_timesteps(num_steps)
+    sd, params, (tokenizer,) = load_stable_diffusion(folder)
+    lora = random_factors(params["unet"])
+    unet = copy.deepcopy(peer.unet)
+    factors = torch_lora(unet, lora)
+    inputs = draw_inputs(sd, params, tokenizer, prompts, "a blurry fox")
+    keys = jax.random.split(jax.random.key(3), len(prompts))
+    return BothSides(peer, unet, factors, sd, params, lora, *inputs, keys)
 
 
 def draw_inputs(sd, params, tokenizer, prompts, negative):

@@ -1,9 +1,7 @@
 """The named algorithms: gradients by PyTorch from each paper's pseudo-code, and what each costs."""
 
-import copy
 import functools
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,16 +14,13 @@ from alignprop_jax.config import default_config, gradient_path, validate
 from alignprop_jax.diffusion.sampling import make_sampler
 from alignprop_jax.diffusion.schedulers import DDIMScheduler
 from alignprop_jax.diffusion.stable_diffusion import Conditioning
-from alignprop_jax.loading.pretrained import load_stable_diffusion
 from tests.torch_gradients import (
     assert_close_gradients,
+    build_both_sides,
     cotangent,
-    draw_inputs,
-    random_factors,
     to_torch,
-    torch_lora,
 )
-from tests.torch_pipeline import build_torch_pipeline, torch
+from tests.torch_pipeline import torch
 
 PROMPTS = ["a cat", "three dogs"]
 NUM_STEPS = 5
@@ -43,33 +38,9 @@ def path_of(algorithm, num_steps, **overrides):
     return gradient_path(config)
 
 
-class Setting(NamedTuple):
-    """A model on both sides, and what to sample with it."""
-
-    peer: object
-    unet: object  # the peer's, with the factors in it
-    factors: dict
-    sd: object
-    params: dict
-    lora: dict
-    latents: object
-    context: object
-    uncond: object
-    keys: object
-
-
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pipeline")
-    peer = build_torch_pipeline(folder)
-    sd, params, (tokenizer,) = load_stable_diffusion(folder)
-    lora = random_factors(params["unet"])
-    unet = copy.deepcopy(peer.unet)
-    factors = torch_lora(unet, lora)
-    inputs = draw_inputs(sd, params, tokenizer, PROMPTS, "a blurry fox")
-    keys = jax.random.split(jax.random.key(3), len(PROMPTS))
-    peer.scheduler.set_timesteps(NUM_STEPS)
-    return Setting(peer, unet, factors, sd, params, lora, *inputs, keys)
+    return build_both_sides(tmp_path_factory.mktemp("pipeline"), PROMPTS, NUM_STEPS)
 
 
 class Chain:

@@ -1,7 +1,6 @@
 """DDPO and RWR: losses and gradients by PyTorch, written from the papers, and whole runs."""
 
 import collections
-import copy
 import json
 
 import jax
@@ -21,17 +20,14 @@ from alignprop_jax.config import load_config
 from alignprop_jax.diffusion.sampling import make_denoiser, make_sampler
 from alignprop_jax.diffusion.schedulers import DDIMScheduler
 from alignprop_jax.diffusion.stable_diffusion import Conditioning
-from alignprop_jax.loading.pretrained import load_stable_diffusion
 from alignprop_jax.train import train
 from tests import nano_run
 from tests.torch_gradients import (
     assert_close_gradients,
-    draw_inputs,
-    random_factors,
+    build_both_sides,
     to_torch,
-    torch_lora,
 )
-from tests.torch_pipeline import build_torch_pipeline, diffusers, torch
+from tests.torch_pipeline import diffusers, torch
 
 NUM_STEPS, GUIDANCE, CLIP = 3, 2.0, 0.05
 PROMPTS = ["a cat", "three dogs"]
@@ -41,22 +37,16 @@ LORA_FILES = ("pytorch_lora_weights.safetensors", "comfyui_lora.safetensors")
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
     """The peer's pipeline and UNet with factors in it, ours, and a trajectory of ours."""
-    folder = tmp_path_factory.mktemp("pipeline")
-    peer = build_torch_pipeline(folder)
-    sd, params, (tokenizer,) = load_stable_diffusion(folder)
-    lora = random_factors(params["unet"])
-    unet = copy.deepcopy(peer.unet)
-    factors = torch_lora(unet, lora)
-    latents, conditioning, uncond = draw_inputs(sd, params, tokenizer, PROMPTS, "a blurry fox")
-    keys = jax.random.split(jax.random.key(3), len(PROMPTS))
+    both = build_both_sides(tmp_path_factory.mktemp("pipeline"), PROMPTS, NUM_STEPS)
+    *model, latents, conditioning, uncond, keys = both
+    sd, params, lora = model[3:]
     sample = jax.jit(make_sampler(sd, NUM_STEPS, GUIDANCE, eta=1.0), static_argnames="keep_latents")
     arguments = (params, lora, latents, conditioning, uncond, keys)
     trajectory = sample(*arguments, keep_latents=True)
     np.testing.assert_allclose(trajectory.images, sample(*arguments), atol=1e-6)
     np.testing.assert_array_equal(trajectory.latents[:, 0], latents)
-    peer.scheduler.set_timesteps(NUM_STEPS)
     table = PromptTable(conditioning, uncond, np.zeros((len(PROMPTS), 0)))
-    return peer, unet, factors, sd, params, lora, table, trajectory
+    return *model, table, trajectory
 
 
 def gaussians_of_peer(peer, eps, x, index):

@@ -10,7 +10,7 @@ from alignprop_jax.rewards import Reward, check_reward, make_reward, register
 from alignprop_jax.rewards.base import no_prompt_inputs
 from alignprop_jax.rewards.file_size import jpeg_kilobytes
 from alignprop_jax.rewards.registry import _FACTORIES
-from alignprop_jax.rewards.weighted_sum import measure, standardize
+from alignprop_jax.rewards.weighted_sum import measure, standardize, weighted_sum
 
 SHAPE = (4, 4, 3)
 
@@ -81,6 +81,22 @@ def test_weighted_sum_and_its_parts(brightness, tmp_path):
     score = jax.jit(reward.score)(reward.params, *arguments[1:])
     expected = [2 * 0 - 0.5 * (1 - 2) / 100, 2 * (2 - 1) / 0.5 - 0.5 * (3 - 2) / 100]
     np.testing.assert_allclose(score, expected, rtol=1e-5)
+
+
+def test_a_sum_and_its_parts_take_one_evaluation_of_each():
+    evaluations = []
+
+    def score(params, images, inputs):
+        evaluations.append(len(images))
+        return images.mean((1, 2, 3)) + inputs[:, 0]
+
+    part = Reward("mean", {}, score, lambda prompts: np.arange(len(prompts))[:, None] * 1.0)
+    reward = weighted_sum({"mean": part}, {"mean": 2.0})
+    arguments = (reward.params, jnp.ones((2, *SHAPE)), reward.prepare(["a", "b"]))
+    scores, parts = reward.score_with_parts(*arguments)
+    assert evaluations == [2]
+    np.testing.assert_allclose(parts["mean"], [1, 2])
+    np.testing.assert_allclose(scores, reward.score(*arguments))
 
 
 def test_statistics_of_parts():
