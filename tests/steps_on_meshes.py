@@ -16,6 +16,7 @@ import numpy as np
 from alignprop_jax.algorithms.presets import use_algorithm
 from alignprop_jax.config import load_config
 from alignprop_jax.devices import sharding
+from alignprop_jax.devices.cpu_devices import use_cores
 from alignprop_jax.experiment import load_experiment
 from alignprop_jax.train import compile_train_step
 from alignprop_jax.train_steps import create_state
@@ -32,6 +33,7 @@ def main(config_file: str, output: Path, algorithm: str, meshes: Sequence[str]) 
     """
     config = load_config(config_file)
     use_algorithm(config, algorithm)
+    use_cores(config)
     config.train.batch_size = 16
     config.train.microbatch_size = 8
     config.sampler.eta = 1.0

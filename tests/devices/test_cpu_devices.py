@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ import jax
 config = default_config()
 config.train.batch_size = 4
 use_cores(config)
-print(len(jax.devices()))
+print(len(jax.devices()), os.environ["PJRT_NPROC"])
 use_cores(config)
 """
 
@@ -38,12 +39,14 @@ def test_ddpo_s_minibatches_do_too():
 @pytest.mark.parametrize(
     "environment, expected",
     [
-        ({}, "2"),
-        ({"JAX_NUM_CPU_DEVICES": "3"}, "3"),
-        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}, "4"),
+        ({}, "2 3"),
+        ({"JAX_NUM_CPU_DEVICES": "3"}, "3 4"),
+        ({"JAX_NUM_CPU_DEVICES": "1"}, "1 2"),
+        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}, "4 5"),
+        ({"PJRT_NPROC": "8"}, "2 8"),
     ],
 )
-def test_cores_are_devices_unless_the_user_chose(environment, expected):
+def test_cores_are_devices_with_a_thread_to_spare_unless_the_user_chose(environment, expected):
     script = "import os; os.sched_getaffinity = lambda _: {0, 1}" + COUNT
     process = subprocess.run(
         [sys.executable, "-c", script],
@@ -52,3 +55,32 @@ def test_cores_are_devices_unless_the_user_chose(environment, expected):
         text=True,
     )
     assert process.stdout.strip() == expected, process.stderr
+
+
+SAMPLES = """
+import numpy as np
+from alignprop_jax.config import load_config
+from alignprop_jax.devices.cpu_devices import use_cores
+from alignprop_jax.evaluation.evaluator import make_evaluator
+from alignprop_jax.experiment import UNSEEN, load_experiment
+
+config = load_config("configs/emoji.py:jpeg_compress")
+config.reward = "jpeg_compress"
+use_cores(config)
+evaluator = make_evaluator(config, load_experiment(config))
+split = evaluator.experiment.splits[UNSEEN]
+first, *others = (evaluator.evaluate(None, split, limit=16).scores["reward"] for _ in range(12))
+for again in others:
+    np.testing.assert_array_equal(again, first)
+"""
+
+
+@pytest.mark.slow
+def test_every_sample_is_the_same_again():
+    """With $PJRT_NPROC=2, it is another in half of the evaluations."""
+    script = "import os; os.sched_getaffinity = lambda _: {0, 1}" + SAMPLES
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    process = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr
