@@ -23,8 +23,7 @@ ARRAY = re.compile(r"\b(pred|[a-z]+\d+)\[([\d,]*)\]")
 
 
 def run_steps(config, folder, *meshes, algorithm="alignprop"):
-    # What XLA does to the program is what counts here, not what LLVM makes of it.
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     subprocess.run(
         [sys.executable, "-m", "tests.steps_on_meshes", config, folder, algorithm, *meshes],
         env={**os.environ, "XLA_FLAGS": flags},
