@@ -120,8 +120,9 @@ class Checkpoints:
         """
         if step == self.latest_step:
             return
-        # A copy, because the next train step is free to overwrite the donated state in place.
-        copy = jax.tree.map(jnp.copy, _without_typed_keys(state))
+        # A copy, because the next train step is free to overwrite the donated state in place; on
+        # the host, as all of it is on every device.
+        copy = jax.tree.map(np.array, _without_typed_keys(state))
         known = reward is not None and math.isfinite(reward)
         self._checkpointer.save_async(
             step,

@@ -68,12 +68,12 @@ def evaluate(
     loras = tuple(lora if lora.files else LoraMix((find_lora(workdir),)) for lora in loras)
     experiment = load_experiment(config)
     factors = [lora.load(experiment.params["unet"]) for lora in loras]
-    evaluator = standardize_parts(make_evaluator(config, experiment), workdir)
+    evaluator = standardize_parts(make_evaluator(config, experiment), workdir, factors[0])
     if scorers is None:
-        scorers = make_judges(config)
-    prompts = [prompt for split in experiment.splits.values() for prompt in split.prompts]
+        scorers = make_judges(config, experiment.prompts)
     scorers = scorers | {
-        f"reward/{name}": reward_scorer(load_reward(config, name), prompts) for name in rewards
+        f"reward/{name}": reward_scorer(load_reward(config, name), experiment.prompts)
+        for name in rewards
     }
     results = []
     for number, (lora, tree) in enumerate(zip(loras, factors, strict=True), start=1):

@@ -72,6 +72,11 @@ class Experiment:
     remat: str  # of `sampling.REMAT_POLICIES`
     splits: dict[str, Split]
 
+    @property
+    def prompts(self) -> list[str]:
+        """Of all splits."""
+        return [prompt for split in self.splits.values() for prompt in split.prompts]
+
 
 def load_experiment(config: ConfigDict, mesh: Mesh | None = None) -> Experiment:
     """Loads a validated config.
@@ -194,7 +199,8 @@ def encode(
 
         return jax.lax.map(encode_one, ids, batch_size=min(_ENCODER_BATCH, len(distinct)))
 
-    encoded = compute(encode_all, text_params, ids)
+    # On the host, where it is taken apart and put together without a program for each.
+    encoded = jax.device_get(compute(encode_all, text_params, ids))
     if sd.zero_empty_prompts:
         said = np.array([bool(prompt) for prompt in distinct])
         encoded = jax.tree.map(

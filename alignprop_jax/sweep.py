@@ -74,7 +74,7 @@ def sweep(
     loras = [load_lora(file, experiment.params["unet"])[0] for file in files]
     evaluator = standardize_parts(make_evaluator(config, experiment), workdir)
     if scorers is None:
-        scorers = make_judges(config)
+        scorers = make_judges(config, experiment.prompts)
     split = experiment.splits[UNSEEN]
     num_timesteps = experiment.sd.scheduler.num_train_timesteps
     ranges = ranges or default_ranges(num_timesteps)

@@ -85,7 +85,7 @@ def train(config: ConfigDict, path: epath.PathLike) -> None:
         workdir.rewind(first_step if resumed else -1)
         for change in workdir.save_config(config):
             print(f"changed since this run began: {change}")
-        evaluator = standardize_parts(evaluator, workdir)
+        evaluator = standardize_parts(evaluator, workdir, state.lora)
         experiment = evaluator.experiment
         with contextlib.closing(open_reports(config, workdir, evaluator, first_step)) as reports:
             train_step, seconds_compile = compile_train_step(config, experiment, state)
@@ -143,7 +143,7 @@ def open_reports(
         evaluator,
         evaluator.experiment.splits,
         lora_scale=lora_scale(config),
-        judges=make_judges(config),
+        judges=make_judges(config, evaluator.experiment.prompts),
     )
 
 

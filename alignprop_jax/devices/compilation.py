@@ -6,13 +6,19 @@ from pathlib import Path
 
 import jax
 
+_LEAST_SECONDS = "jax_persistent_cache_min_compile_time_secs"
+
 
 def enable_compilation_cache() -> None:
     """Turns on JAX's persistent cache, in $JAX_COMPILATION_CACHE_DIR if the user chose a place.
 
     Otherwise it lies in $XDG_CACHE_HOME/alignprop_jax/xla, by default under ~/.cache. A folder that
-    cannot be written costs the cache, not the run.
+    cannot be written costs the cache, not the run. Programs are kept that took a tenth of a second
+    to compile, unless $JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS says otherwise.
     """
+    if _LEAST_SECONDS.upper() not in os.environ:
+        # Those of less than JAX's second, of which a run has a dozen, add up to several.
+        jax.config.update(_LEAST_SECONDS, 0.1)
     if jax.config.jax_compilation_cache_dir:
         return
     cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

@@ -3,12 +3,14 @@
 import collections
 import copy
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 from jaxtyping import Key, PyTree
 from ml_collections import ConfigDict
 
+from alignprop_jax.algorithms.batches import PromptTable
 from alignprop_jax.devices import sharding
 from alignprop_jax.devices.compilation import compiler_options
 from alignprop_jax.devices.distributed import is_main
@@ -30,6 +32,9 @@ class Evaluation:
     prompts: list[str]
     scores: dict[str, np.ndarray]  # by scorer, one a sample
     images: np.ndarray
+
+
+_look_up = jax.jit(PromptTable.rows)
 
 
 class Evaluator:
@@ -141,9 +146,7 @@ class Evaluator:
         )
         experiment = self.experiment
         lora = sharding.put(lora, sharding.replicated(experiment.mesh))
-        conditioning, inputs = jax.tree.map(
-            lambda table: table[prompts], (split.table.conditioning, split.table.reward_inputs)
-        )
+        conditioning, inputs = _look_up(split.table, prompts)
         images = self._sample(
             self._key,
             experiment.params,
@@ -190,7 +193,7 @@ def make_evaluator(config: ConfigDict, experiment: Experiment) -> Evaluator:
     )
 
 
-def make_judges(config: ConfigDict) -> dict[str, Scorer]:
+def make_judges(config: ConfigDict, prompts: Sequence[str] = ()) -> dict[str, Scorer]:
     """Loads what judges the samples of a config besides its reward, by name.
 
     Those of its model (see `judges.load_judges`), "jpeg_kb" for a reward on the size of files, and
@@ -199,7 +202,7 @@ def make_judges(config: ConfigDict) -> dict[str, Scorer]:
     """
     if not is_main():
         return {}
-    judges = find_judges(config.model)
+    judges = find_judges(config.model, prompts)
     rewards = [config.reward] if isinstance(config.reward, str) else list(config.reward)
     if any(name.startswith("jpeg_") for name in rewards):
         judges["jpeg_kb"] = jpeg_kilobytes(config.jpeg.quality)

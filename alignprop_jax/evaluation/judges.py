@@ -125,18 +125,24 @@ def _logits(
     return ConvClassifier(num_classes).apply({"params": params}, images)
 
 
-def find_judges(model: str | Path) -> dict[str, Scorer]:
+def find_judges(model: str | Path, prompts: Sequence[str] = ()) -> dict[str, Scorer]:
     """Loads the judges in the folder `judges` of a model; none where it has no such folder.
+
+    Args:
+        prompts: as for `load_judges`.
 
     Raises:
         UserError: as `load_judges` and `pretrained.resolve_model`.
     """
     folder = resolve_model(model) / "judges"
-    return load_judges(folder) if folder.is_dir() else {}
+    return load_judges(folder, prompts) if folder.is_dir() else {}
 
 
-def load_judges(folder: str | Path) -> dict[str, Scorer]:
+def load_judges(folder: str | Path, prompts: Sequence[str] = ()) -> dict[str, Scorer]:
     """Loads the judges as scorers of images [B, H, W, 3] in [0, 1] and their B prompts.
+
+    Args:
+        prompts: those that are known before, made ready together.
 
     Returns:
         All float32 [B], with NaN for prompts that a judge has no opinion on:
@@ -175,7 +181,7 @@ def load_judges(folder: str | Path) -> dict[str, Scorer]:
         "glossy": glossy,
         "counted": counted,
         "found": found,
-        "agreement": reward_scorer(make_clip_score_reward(str(Path(folder) / "clip"))),
+        "agreement": reward_scorer(make_clip_score_reward(str(Path(folder) / "clip")), prompts),
         "diversity": _embedding_scorer(Path(folder) / "clip"),
     }
 

@@ -2,6 +2,10 @@
 
 import json
 
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
 from alignprop_jax.devices.distributed import from_main, is_main
 from alignprop_jax.evaluation.evaluator import Evaluator
 from alignprop_jax.experiment import TRAIN, Split
@@ -13,11 +17,17 @@ from alignprop_jax.rewards.weighted_sum import Statistics, measure
 _NUM_SAMPLES = 64
 
 
-def standardize_parts(evaluator: Evaluator, workdir: Workdir) -> Evaluator:
+def standardize_parts(
+    evaluator: Evaluator, workdir: Workdir, lora: PyTree | None = None
+) -> Evaluator:
     """Returns an evaluator whose experiment has the parts of its reward standardised.
 
     What is measured is kept in the workdir's reward_parts.json, so that a run goes on, and is
     evaluated, by the scale it began with. A reward of one part is left as it is.
+
+    Args:
+        lora: factors or changes such as will be evaluated, whose program then samples the untrained
+            model, too, with zeros in their place; None compiles one without.
     """
     names = list(evaluator.experiment.reward.parts)
     if not names:
@@ -26,14 +36,15 @@ def standardize_parts(evaluator: Evaluator, workdir: Workdir) -> Evaluator:
     written = is_main() and path.exists()
     known = from_main(json.loads(path.read_text("utf-8")) if written else {})
     if set(names) - known.keys():
-        known = {**_measure(evaluator), **known}
+        known = {**_measure(evaluator, lora), **known}
         write_json(path, {name: known[name] for name in names})
     return evaluator.standardized({name: tuple(known[name]) for name in names})
 
 
-def _measure(evaluator: Evaluator) -> Statistics:
+def _measure(evaluator: Evaluator, lora: PyTree | None) -> Statistics:
     split: Split = evaluator.experiment.splits[TRAIN]
-    scores = evaluator.evaluate(None, split, description="scale of rewards", limit=_NUM_SAMPLES)
+    nothing = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), lora)
+    scores = evaluator.evaluate(nothing, split, description="scale of rewards", limit=_NUM_SAMPLES)
     return measure(
         {
             name.removeprefix("reward/"): values

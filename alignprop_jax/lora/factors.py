@@ -5,13 +5,15 @@ each adapted linear layer, which computes x W + (alpha / r) (x down) up. The tre
 fine-tuning holds {"change": [...]} at every weight instead, of the weight's own shape.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jaxtyping import Array, Key
+from jaxtyping import Array, Float, Key
 
 from alignprop_jax.errors import UserError
 
@@ -56,12 +58,23 @@ def init_lora(
                 f"those of attention are {', '.join(ATTENTION_PROJECTIONS)}"
             )
         adapted |= {name: linears[name] for name in matches}
-    keys = jax.random.split(key, len(adapted))
+    layers = sorted(adapted.values())
+    # As many rows for all as the widest layer needs: one program, where one a width takes seconds.
+    drawn = np.asarray(_draw_normal(key, len(layers), max(fan_in for _, fan_in, _ in layers), rank))
     factors = {}
-    for layer_key, (path, fan_in, fan_out) in zip(keys, sorted(adapted.values()), strict=True):
-        factors[*path, "down"] = jax.random.normal(layer_key, (fan_in, rank)) / rank
-        factors[*path, "up"] = jnp.zeros((rank, fan_out))
+    for rows, (path, fan_in, fan_out) in zip(drawn, layers, strict=True):
+        factors[*path, "down"] = rows[:fan_in] / rank
+        factors[*path, "up"] = np.zeros((rank, fan_out), np.float32)
     return unflatten_dict(factors)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _draw_normal(
+    key: Key[Array, ""], number: int, rows: int, columns: int
+) -> Float[Array, "n r c"]:
+    """Standard normal matrices, each from a key of its own."""
+    keys = jax.random.split(key, number)
+    return jax.lax.map(lambda key: jax.random.normal(key, (rows, columns)), keys)
 
 
 def init_changes(params: Mapping[str, Any]) -> LoraTree:
