@@ -92,9 +92,9 @@ def test_a_run_leaves_the_files_it_promises(finished_run):
 @pytest.mark.parametrize(
     "algorithm, overrides",
     [
-        ("draft_lv", {"train.microbatch_size": 1}),
         ("refl", {"gradient.stop_share": 0.7}),
         # As programs these are AlignProp's; their gradients are compared in tests/algorithms.
+        pytest.param("draft_lv", {"train.microbatch_size": 1}, marks=pytest.mark.slow),
         pytest.param("draft", {}, marks=pytest.mark.slow),
         pytest.param("draft_k", {"truncation.k": 2}, marks=pytest.mark.slow),
         pytest.param("drtune", {"truncation.k": 2}, marks=pytest.mark.slow),

@@ -274,7 +274,7 @@ def test_closed_gates_evaluate_nothing(remat, may_stop):
     assert gradient._cache_size() == 1
 
 
-@pytest.mark.parametrize("remat", ["none", "partial", "step"])
+@pytest.mark.parametrize("remat", [pytest.param("none", marks=pytest.mark.slow), "partial", "step"])
 def test_nothing_is_kept_of_steps_that_are_never_trained(
     pipeline, inputs, lora, torch_gradient, remat
 ):
