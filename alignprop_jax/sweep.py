@@ -73,9 +73,9 @@ def sweep(
     experiment = load_experiment(config)
     loras = [load_lora(file, experiment.params["unet"])[0] for file in files]
     evaluator = standardize_parts(make_evaluator(config, experiment), workdir)
-    if scorers is None:
-        scorers = make_judges(config, experiment.prompts)
     split = experiment.splits[UNSEEN]
+    if scorers is None:
+        scorers = make_judges(config, split.prompts)
     num_timesteps = experiment.sd.scheduler.num_train_timesteps
     ranges = ranges or default_ranges(num_timesteps)
     alphas = [round(float(alpha), 4) for alpha in np.linspace(0.0, 1.0, points)]

@@ -199,6 +199,9 @@ def make_judges(config: ConfigDict, prompts: Sequence[str] = ()) -> dict[str, Sc
     Those of its model (see `judges.load_judges`), "jpeg_kb" for a reward on the size of files, and
     those of what is to be removed (`judges.removal_judges`). The main process judges, which
     writes what they say; elsewhere there are none.
+
+    Args:
+        prompts: as for `judges.load_judges`.
     """
     if not is_main():
         return {}

@@ -59,6 +59,15 @@ def test_parts_stay_raw_and_the_sum_is_of_standard_scores(evaluator, tmp_path):
     assert not np.allclose(scores["reward"], raw["reward"])
 
 
+def test_the_scale_is_that_of_the_untrained_model_whatever_the_lora(evaluator, tmp_path):
+    measured = []
+    for name, lora in (("without", None), ("with", {"shift": np.float32(3.0)})):
+        workdir = Workdir(tmp_path / name)
+        standardize_parts(evaluator, workdir, lora)
+        measured.append(json.loads(workdir.reward_parts.read_text()))
+    assert measured[0] == measured[1]
+
+
 def test_what_was_measured_is_kept_until_a_run_begins_anew(evaluator, tmp_path):
     workdir = Workdir(tmp_path)
     standardize_parts(evaluator, workdir)

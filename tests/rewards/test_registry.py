@@ -77,9 +77,12 @@ def test_weighted_sum_and_its_parts(brightness, tmp_path):
     np.testing.assert_allclose(parts[f"{path}:words"], [1, 3])
 
     # Standardised, a part that varies a hundred times as much counts as much as the other.
-    reward = standardize(reward, {"brightness": (1.0, 0.5), f"{path}:words": (2.0, 100.0)})
+    reward = standardize(reward, {"brightness": (0.5, 0.5), f"{path}:words": (2.0, 100.0)})
     score = jax.jit(reward.score)(reward.params, *arguments[1:])
-    expected = [2 * 0 - 0.5 * (1 - 2) / 100, 2 * (2 - 1) / 0.5 - 0.5 * (3 - 2) / 100]
+    expected = [
+        2 * (1 - 0.5) / 0.5 - 0.5 * (1 - 2) / 100,
+        2 * (2 - 0.5) / 0.5 - 0.5 * (3 - 2) / 100,
+    ]
     np.testing.assert_allclose(score, expected, rtol=1e-5)
 
 
