@@ -68,7 +68,6 @@ def to_dict(result: Estimate) -> dict[str, Any]:
         "seconds_per_step_of": seconds or None,
         "images_per_second": result.images_per_step / total if total else None,
         "share_of_peak": result.share_of_peak if total else None,
-        "extrapolated_to_layers": result.layers,
         "compile_seconds": round(result.compile_seconds, 1),
     }
 
@@ -92,8 +91,6 @@ def describe(result: Estimate) -> str:
     if result.seconds:
         seconds = sum(result.seconds.values())
         rows += [("seconds a step", f"{seconds:.3g}")]
-        if result.layers is not None:
-            rows += [("  as from 1 and 2 layers", f"of {result.layers}")]
         rows += [
             (f"  {name.replace('_', ' ')}", f"{value:.3g}")
             for name, value in result.seconds.items()

@@ -4,10 +4,9 @@ import functools
 
 import jax
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 
 from alignprop_jax.loading.pretrained import abstract_params
-from alignprop_jax.loading.weights import from_torch_layout, to_torch_layout, torch_name
+from alignprop_jax.loading.weights import fill_params, to_state_dict
 from tests.torch_pipeline import torch
 
 TOLERANCE = 1e-4
@@ -17,14 +16,10 @@ QUICK_COMPILATION = {"xla_backend_optimization_level": 0}
 
 def params_from_torch(peer, module):
     """The weights of a PyTorch module as the parameter tree of its Flax counterpart."""
-    state = {name.removeprefix("text_model."): value for name, value in peer.state_dict().items()}
-    return unflatten_dict(
-        {
-            keys: from_torch_layout(
-                keys, state[torch_name(keys).removeprefix("text_model.")].numpy(), np.float32
-            )
-            for keys in flatten_dict(abstract_params(module))
-        }
+    return fill_params(
+        abstract_params(module),
+        ((name, tensor.numpy()) for name, tensor in peer.state_dict().items()),
+        type(peer).__name__,
     )
 
 
@@ -85,14 +80,12 @@ def assert_parity(module, peer, apply, peer_apply, inputs):
         name.removeprefix("text_model."): parameter.grad
         for name, parameter in peer.named_parameters()
     }
-    for keys, gradient in flatten_dict(params_gradient).items():
-        name = torch_name(keys)
+    for name, gradient in to_state_dict(params_gradient).items():
         wanted = peer_gradients[name.removeprefix("text_model.")]
         if wanted is None:
             assert not np.any(gradient), f"{name} has a gradient here alone"
         else:
-            actual = to_torch_layout(keys, np.asarray(gradient))
-            _assert_close(actual, wanted.numpy(), f"gradient, {name}")
+            _assert_close(gradient, wanted.numpy(), f"gradient, {name}")
 
 
 def _assert_close(actual, wanted, what):

@@ -17,6 +17,7 @@ from alignprop_jax.models.attention_functions import (
     attend_by_kernel,
     attend_in_blocks,
 )
+from alignprop_jax.models.stacked_layers import is_stacked
 
 # Generations without the instructions of the attention kernel.
 _WITHOUT_KERNEL = ("TPU v2", "TPU v3")
@@ -63,15 +64,16 @@ def of_frozen(weights: Any, mesh: Mesh) -> Any:
     """
     size = mesh.shape["fsdp"]
 
-    def sharding(leaf) -> NamedSharding:
-        axes = [axis for axis, length in enumerate(leaf.shape) if length % size == 0]
-        if size == 1 or leaf.ndim < 2 or not axes:
+    def sharding(path, leaf) -> NamedSharding:
+        first = int(is_stacked([jax.tree_util.keystr([key], simple=True) for key in path]))
+        axes = [axis for axis in range(first, leaf.ndim) if leaf.shape[axis] % size == 0]
+        if size == 1 or leaf.ndim < first + 2 or not axes:
             return replicated(mesh)
         names: list[str | None] = [None] * leaf.ndim
         names[max(axes, key=lambda axis: leaf.shape[axis])] = "fsdp"
         return NamedSharding(mesh, PartitionSpec(*names))
 
-    return jax.tree.map(sharding, weights)
+    return jax.tree_util.tree_map_with_path(sharding, weights)
 
 
 def put(tree: Any, shardings: Any) -> Any:

@@ -2,11 +2,12 @@
 
 Torch stores a linear kernel as [out, in] and a convolution as [out, in, height, width]; the
 modules here hold [in, out] and [height, width, in, out]. The name of a tensor is its path in the
-tree joined by dots, the leaf renamed to `weight`.
+tree joined by dots, the leaf renamed to `weight`. Weights of `stacked_layers` are a tensor a layer.
 """
 
 import math
 import os
+import threading
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +21,7 @@ from jax.sharding import Sharding
 
 from alignprop_jax.errors import UserError
 from alignprop_jax.loading.tensor_files import read_tensors, write_safetensors
+from alignprop_jax.models.stacked_layers import is_stacked, single_layers
 
 ParamTree = Mapping[str, Any]
 
@@ -51,24 +53,20 @@ def to_torch_layout(path: Sequence[str], array: np.ndarray) -> np.ndarray:
     return array.transpose(_KERNEL_AXES_TO_TORCH[array.ndim]) if path[-1] == "kernel" else array
 
 
-def from_torch_layout(path: Sequence[str], array: np.ndarray, dtype: Any) -> np.ndarray:
-    """A copy of the inverse of `to_torch_layout`, of another type.
-
-    It begins where XLA's CPU client takes an array as it is, so that no further copy is made.
-    """
-    axes = _KERNEL_AXES_FROM_TORCH[array.ndim] if path[-1] == "kernel" else range(array.ndim)
-    copy = _empty_aligned([array.shape[axis] for axis in axes], np.dtype(dtype))
+def from_torch_layout(path: Sequence[str], array: np.ndarray, out: np.ndarray) -> None:
+    """Copies the inverse of `to_torch_layout` to `out`, which may be of another type."""
     if path[-1] != "kernel":
-        copy[...] = array
-        return copy
+        out[...] = array
+        return
+    axes = _KERNEL_AXES_FROM_TORCH[array.ndim]
     # What is torch's first axis is our last one. Block by block, both stay in the cache.
     for start in range(0, len(array), _BLOCK):
-        block = array[start : start + _BLOCK].astype(dtype, copy=False)
-        copy[..., start : start + _BLOCK] = block.transpose(axes)
-    return copy
+        block = array[start : start + _BLOCK].astype(out.dtype, copy=False)
+        out[..., start : start + _BLOCK] = block.transpose(axes)
 
 
 def _empty_aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """An array that XLA's CPU client takes as it is, so that no further copy is made."""
     size = math.prod(shape) * dtype.itemsize
     buffer = np.empty(size + _ALIGNMENT, np.uint8)
     start = -buffer.ctypes.data % _ALIGNMENT
@@ -89,11 +87,18 @@ def save_params(
         dtype: floating type of the stored tensors.
         metadata: further entries of the file's header.
     """
-    tensors = {
-        torch_name(keys): to_torch_layout(keys, np.asarray(leaf, dtype))
-        for keys, leaf in flatten_dict(tree).items()
-    }
-    write_safetensors(tensors, path, metadata)
+    write_safetensors(to_state_dict(tree, dtype), path, metadata)
+
+
+def to_state_dict(tree: ParamTree, dtype: Any = np.float32) -> dict[str, np.ndarray]:
+    """The tensors of a parameter tree by their names, as in a state dict of torch."""
+    tensors = {}
+    for keys, leaf in flatten_dict(tree).items():
+        array = np.asarray(leaf, dtype)
+        arrays = array if is_stacked(keys) else array[None]
+        for (path, _), single in zip(single_layers(keys, array.shape), arrays, strict=True):
+            tensors[torch_name(path)] = to_torch_layout(path, single)
+    return tensors
 
 
 def load_params(abstract: ParamTree, path: str | Path, dtype: Any = np.float32) -> ParamTree:
@@ -125,46 +130,70 @@ def fill_params(
 
     Returns and raises as `load_params`; `source` is what messages call the origin of the tensors.
     """
-    expected = flatten_dict(abstract)
-    paths = {torch_name(keys): keys for keys in expected}
-    leaves: dict[tuple[str, ...], Future[jax.Array]] = {}
-    unexpected = []
+    parameters = [_Parameter(keys, leaf, dtype) for keys, leaf in flatten_dict(abstract).items()]
+    places = {
+        torch_name(path): (parameter, index, _torch_shape(path, shape))
+        for parameter in parameters
+        for index, (path, shape) in enumerate(parameter.layers)
+    }
+    missing, unexpected = dict(places), []
     num_threads = min(_MAX_THREADS, os.cpu_count() or 1)
     with ThreadPoolExecutor(num_threads) as pool:
-        started: deque[Future[jax.Array]] = deque()
+        started: deque[Future[None]] = deque()
         for name, tensor in tensors:
-            keys = paths.get(_current_name(name, paths))
-            if keys is not None:
-                _check_shape(source, name, tensor, _torch_shape(keys, expected[keys].shape))
-                sharding = getattr(expected[keys], "sharding", None)
-                leaves[keys] = pool.submit(_place, keys, tensor, dtype, sharding)
-                started.append(leaves[keys])
+            known = _current_name(name, places)
+            if known in places:
+                parameter, index, shape = places[known]
+                _check_shape(source, name, tensor, shape)
+                started.append(pool.submit(parameter.fill, index, tensor))
+                missing.pop(known, None)
             elif name.rsplit(".")[-1] not in _BUFFERS:
                 unexpected.append((name, tensor.shape))
             # Nothing of it stays while others are read.
             del tensor
             if len(started) == num_threads:
                 started.popleft().result()
-    missing = [
-        (name, _torch_shape(keys, expected[keys].shape))
-        for name, keys in paths.items()
-        if keys not in leaves
-    ]
+        for future in started:
+            future.result()
     if missing:
-        raise UserError(f"{source}: the model needs {_listing(missing)}, missing here")
+        listing = _listing([(name, shape) for name, (*_, shape) in missing.items()])
+        raise UserError(f"{source}: the model needs {listing}, missing here")
     if unexpected:
         raise UserError(f"{source}: the model has no place for {_listing(unexpected)}, found here")
-    return unflatten_dict({keys: leaf.result() for keys, leaf in leaves.items()})
+    return unflatten_dict({parameter.keys: parameter.placed for parameter in parameters})
 
 
-def _place(
-    keys: Sequence[str], tensor: np.ndarray, dtype: Any, sharding: Sharding | None
-) -> jax.Array:
-    array = from_torch_layout(keys, tensor, dtype)
-    if sharding is None:
-        return jax.device_put(array).block_until_ready()
-    placed = jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
-    return placed.block_until_ready()
+class _Parameter:
+    """A leaf of the tree that is being read: one tensor, or one for each layer it is stacked of."""
+
+    def __init__(self, keys: tuple[str, ...], abstract: Any, dtype: Any):
+        self.keys = keys
+        self.layers = single_layers(keys, tuple(abstract.shape))
+        self.placed: jax.Array | None = None
+        self._abstract, self._dtype = abstract, np.dtype(dtype)
+        self._array: np.ndarray | None = None
+        self._to_come = set(range(len(self.layers)))
+        self._lock = threading.Lock()
+
+    def fill(self, index: int, tensor: np.ndarray) -> None:
+        """Takes the tensor of one layer; puts the array on the devices when it has all of them."""
+        shape = tuple(self._abstract.shape)
+        with self._lock:
+            if self._array is None:
+                self._array = _empty_aligned(shape, self._dtype)
+        out = self._array[index] if is_stacked(self.keys) else self._array
+        from_torch_layout(self.keys, tensor, out)
+        with self._lock:
+            self._to_come.discard(index)
+            if self._to_come:
+                return
+        array, self._array = self._array, None
+        sharding: Sharding | None = getattr(self._abstract, "sharding", None)
+        if sharding is None:
+            placed = jax.device_put(array)
+        else:
+            placed = jax.make_array_from_callback(shape, sharding, lambda index: array[index])
+        self.placed = placed.block_until_ready()
 
 
 def _check_shape(source: str | Path, name: str, tensor: np.ndarray, wanted: tuple) -> None:

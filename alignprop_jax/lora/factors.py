@@ -1,8 +1,9 @@
 """Low-rank adaptation (Hu et al., 2021, arXiv 2106.09685): a trainable tree beside frozen weights.
 
 The tree mirrors the modules of the adapted model and holds {"down": [in, r], "up": [r, out]} at
-each adapted linear layer, which computes x W + (alpha / r) (x down) up. The tree of a full
-fine-tuning holds {"change": [...]} at every weight instead, of the weight's own shape.
+each adapted linear layer, which computes x W + (alpha / r) (x down) up. Every layer has its own,
+under the name that files have for it, those of `stacked_layers` too. The tree of a full fine-tuning
+holds {"change": [...]} at every weight instead, of the weight's own shape.
 """
 
 import functools
@@ -16,12 +17,15 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Key
 
 from alignprop_jax.errors import UserError
+from alignprop_jax.models.stacked_layers import is_stacked, single_layers
 
 LoraTree = Mapping[str, Any]
 
 ATTENTION_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
+# Of a factor, which axis is as long as the rank.
+_RANK_AXES = {"down": 1, "up": 0}
 _CHANGE = "change"
 _SCALED = ("up", _CHANGE)
 
@@ -91,6 +95,8 @@ def adapt(params: Mapping[str, Any], lora: LoraTree | None) -> dict[str, Any]:
     """The variables of a model with factors or changes, their scale folded in; None for neither.
 
     Factors are a collection of their own, which linear layers look up; changes are added up.
+    Layers whose weights lie behind one another find their factors so, too, of the highest rank that
+    one of them has; those of a lower rank and of no layer are filled up by zeros.
     """
     changed, factors = flatten_dict(params), {}
     for path, leaf in flatten_dict(lora or {}).items():
@@ -100,15 +106,40 @@ def adapt(params: Mapping[str, Any], lora: LoraTree | None) -> dict[str, Any]:
         else:
             factors[path] = leaf
     variables = {"params": unflatten_dict(changed)}
-    return variables | {"lora": unflatten_dict(factors)} if factors else variables
+    if not factors:
+        return variables
+    for path, leaf in changed.items():
+        if path[-1] == "kernel" and is_stacked(path):
+            layers = [single[:-1] for single, _ in single_layers(path, leaf.shape)]
+            for name, rank_axis in _RANK_AXES.items():
+                found = [factors.pop((*layer, name), None) for layer in layers]
+                if any(factor is not None for factor in found):
+                    factors[*path[:-1], name] = _stack(found, rank_axis)
+    return variables | {"lora": unflatten_dict(factors)}
+
+
+def _stack(factors: Sequence[Array | None], rank_axis: int) -> Float[Array, "n ..."]:
+    """One behind the other, filled up to the same rank; zeros for None."""
+    some = next(factor for factor in factors if factor is not None)
+    empty = jnp.zeros_like(some)
+    factors = [empty if factor is None else factor for factor in factors]
+    rank = max(factor.shape[rank_axis] for factor in factors)
+
+    def fill(factor: Array) -> Array:
+        widths = [(0, 0), (0, 0)]
+        widths[rank_axis] = (0, rank - factor.shape[rank_axis])
+        return jnp.pad(factor, widths)
+
+    return jnp.stack([fill(factor) for factor in factors])
 
 
 def linear_shapes(params: Mapping[str, Any]) -> dict[str, tuple[tuple[str, ...], int, int]]:
-    """Path in the tree, input size and output size of every linear layer, by dotted name."""
+    """Path in the tree of factors, input and output size of every linear layer, by dotted name."""
     return {
-        ".".join(path[:-1]): (path[:-1], *leaf.shape)
-        for path, leaf in flatten_dict(params).items()
-        if path[-1] == "kernel" and len(leaf.shape) == 2
+        ".".join(path[:-1]): (path[:-1], *shape)
+        for every, leaf in flatten_dict(params).items()
+        for path, shape in single_layers(every, tuple(leaf.shape))
+        if path[-1] == "kernel" and len(shape) == 2
     }
 
 
@@ -141,8 +172,8 @@ def mix_loras(alpha: float | Array, a: LoraTree, b: LoraTree | None = None) -> L
     """
     mixed = flatten_dict(scale_lora(a, alpha))
     for path, leaf in flatten_dict(scale_lora(b or {}, 1 - alpha)).items():
-        rank_axis = 1 if path[-1] == "down" else 0
-        mixed[path] = jnp.concatenate([mixed[path], leaf], rank_axis) if path in mixed else leaf
+        both = path in mixed
+        mixed[path] = jnp.concatenate([mixed[path], leaf], _RANK_AXES[path[-1]]) if both else leaf
     return unflatten_dict(mixed)
 
 
@@ -152,8 +183,8 @@ def merge_lora(params: Mapping[str, Any], lora: LoraTree, scale: float = 1.0) ->
     The sum is made in float32 and stored as W was. In bfloat16 that rounds small updates away:
     train, and sample where it matters, with the factors apart.
     """
-    merged = flatten_dict(params)
-    factors = flatten_dict(scale_lora(lora, scale))
+    variables = adapt(params, scale_lora(lora, scale))
+    merged, factors = flatten_dict(variables["params"]), flatten_dict(variables.get("lora", {}))
     for path in {path[:-1] for path in factors}:
         kernel = merged[*path, "kernel"]
         update = jnp.matmul(

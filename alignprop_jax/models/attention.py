@@ -14,6 +14,7 @@ from alignprop_jax.models.layers import (
     layer_norm,
     repeat_rows,
 )
+from alignprop_jax.models.stacked_layers import EVERY, run_layers
 
 
 class Attention(NetworkModule):
@@ -108,9 +109,17 @@ class Transformer2D(NetworkModule):
 
         y = project("proj_in", group_norm(self.num_groups, 1e-6, "norm", self.dtype)(x))
         y = y.reshape(batch, height * width, channels)
-        for i in range(self.num_layers):
-            y = self.block(TransformerBlock)(
-                channels, self.num_heads, self.execution, name=f"transformer_blocks.{i}"
-            )(y, context)
+
+        def layer(which):
+            name = f"transformer_blocks{which}"
+            return self.block(TransformerBlock)(channels, self.num_heads, self.execution, name=name)
+
+        if self.num_layers == 1:
+            y = layer(".0")(y, context)
+        else:
+            y = repeat_rows(y, context.shape[0])
+            y = run_layers(
+                lambda layer, *inputs: layer(*inputs), layer(EVERY), self.num_layers, y, context
+            )
         y = project("proj_out", y.reshape(-1, height, width, channels))
         return repeat_rows(x, y.shape[0]) + y

@@ -13,6 +13,7 @@ from alignprop_jax.errors import UserError
 from alignprop_jax.models.attention_functions import attend
 from alignprop_jax.models.execution import Execution, NetworkModule
 from alignprop_jax.models.layers import ACTIVATIONS, Linear, dot_product_attention, layer_norm
+from alignprop_jax.models.stacked_layers import EVERY, run_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,13 +155,12 @@ class Encoder(NetworkModule):
     def __call__(
         self, x: Float[Array, "b l d"], mask: Bool[Array, "l l"] | None = None
     ) -> tuple[Float[Array, "b l d"], Float[Array, "b l d"]]:
-        before = x
-        for i in range(self.config.num_layers):
-            before, x = (
-                x,
-                self.block(EncoderLayer)(self.config, self.execution, name=f"layers.{i}")(x, mask),
-            )
-        return x, before
+        def apply(layer, states, mask):
+            x, _ = states
+            return layer(x, mask), x
+
+        layer = self.block(EncoderLayer)(self.config, self.execution, name=f"layers{EVERY}")
+        return run_layers(apply, layer, self.config.num_layers, (x, x), mask)
 
 
 class TextEmbeddings(NetworkModule):

@@ -22,12 +22,6 @@ from alignprop_jax.experiment import Experiment, load_experiment
 from alignprop_jax.loading.shapes_only import shapes_only
 from alignprop_jax.planning.arithmetic import Arithmetic, count
 from alignprop_jax.planning.compiler import Compiled, compile_layout, compile_whole, dump_to
-from alignprop_jax.planning.depth import (
-    MOST_LAYERS,
-    deepest_transformer,
-    extrapolate,
-    with_layers,
-)
 from alignprop_jax.planning.hlo_cycles import ProgramCost, program_cost
 from alignprop_jax.planning.topology import Topology
 from alignprop_jax.train_steps import create_state, frozen_arguments, trace_train_step
@@ -50,8 +44,6 @@ class Estimate:
         cost: of a chip, of the mean step; None where it does not fit. Without cycles where the
             program's code was not written.
         compile_seconds: on this machine.
-        layers: of the UNet's deepest transformers, from one and two of which cycles and the
-            program's size are extrapolated; None where nothing is.
     """
 
     topology: Topology
@@ -62,7 +54,6 @@ class Estimate:
     arithmetic: Arithmetic
     cost: ProgramCost | None
     compile_seconds: float
-    layers: int | None = None
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -88,33 +79,11 @@ class Estimate:
 def estimate(config: ConfigDict, topology: Topology) -> Estimate:
     """Compiles the train step of a validated config, whose weights are not read.
 
-    That of a UNet with deep transformers is compiled until its memory is known, and to the end with
-    one and with two layers in the deepest.
-
     Raises:
         UserError: the config's models or files cannot be found, it does not divide among the chips,
             or the TPU's compiler is not installed.
     """
-    experiment = _load(config, topology)
-    layers = deepest_transformer(experiment.sd.unet)
-    if layers <= MOST_LAYERS:
-        return _estimate(config, topology, experiment, compile_whole)
-    result = estimate_memory(config, topology)
-    if result.cost is None:
-        return result
-    one, two = (
-        _estimate(config, topology, with_layers(config, experiment, number), compile_whole)
-        for number in (1, 2)
-    )
-    cycles = extrapolate(one.cost.cycles, two.cost.cycles, layers)
-    memory = extrapolate(one.memory, two.memory, layers)
-    return dataclasses.replace(
-        result,
-        memory=result.memory | {"program": memory["program"]},
-        cost=dataclasses.replace(result.cost, cycles=cycles),
-        compile_seconds=result.compile_seconds + one.compile_seconds + two.compile_seconds,
-        layers=layers,
-    )
+    return _estimate(config, topology, _load(config, topology), compile_whole)
 
 
 def estimate_memory(config: ConfigDict, topology: Topology) -> Estimate:

@@ -125,6 +125,8 @@ def test_kernels_are_split_on_their_longest_axis_that_can_be():
         "odd": jnp.zeros((7, 5)),
         "bias": jnp.zeros(16),
         "scalar": jnp.zeros(()),
+        # Each device has its part of every layer, and not some of the layers.
+        "layers.*": {"dense": jnp.zeros((16, 12, 6)), "bias": jnp.zeros((4, 4))},
     }
     specs = jax.tree.map(lambda x: tuple(x.spec), sharding.of_frozen(weights, mesh))
     assert specs == {
@@ -133,6 +135,7 @@ def test_kernels_are_split_on_their_longest_axis_that_can_be():
         "odd": (),
         "bias": (),
         "scalar": (),
+        "layers.*": {"dense": (None, "fsdp", None), "bias": ()},
     }
 
 

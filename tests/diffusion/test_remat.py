@@ -7,47 +7,75 @@ import jax.numpy as jnp
 import pytest
 
 from alignprop_jax.devices import sharding
+from alignprop_jax.diffusion.jaxprs import inner_jaxprs
 from alignprop_jax.diffusion.remat import bytes_kept_of, choose_remat, device_memory
 from alignprop_jax.diffusion.sampling import make_sampler
+from alignprop_jax.experiment import encode
 from alignprop_jax.loading.pretrained import load_stable_diffusion
-from tests.torch_gradients import draw_inputs, random_factors
-from tests.torch_pipeline import build_torch_pipeline
+from tests.torch_gradients import random_factors
+from tests.torch_pipeline import build_torch_pipeline, build_torch_xl_pipeline
 
 PROMPTS, NUM_STEPS, GUIDANCE = ["a cat", "three dogs"], 5, 3.0
 NUM_IMAGES = 2 * len(PROMPTS)
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
+@pytest.fixture(scope="module", params=[build_torch_pipeline, build_torch_xl_pipeline])
+def model(request, tmp_path_factory):
+    """A pipeline with transformers of one layer, and one that has two in the deepest."""
     folder = tmp_path_factory.mktemp("pipeline")
-    build_torch_pipeline(folder)
-    sd, params, (tokenizer,) = load_stable_diffusion(folder)
-    return sd, params, draw_inputs(sd, params, tokenizer, PROMPTS, "")
+    request.param(folder)
+    sd, params, tokenizers = load_stable_diffusion(folder)
+    return sd, params, encode(sd, params, tokenizers, ["", *PROMPTS])
 
 
-def bytes_kept(model):
-    """What the forward pass of a whole sample hands to its backward pass, step by step."""
-    sd, params, (latents, conditioning, uncond) = model
-    sample = make_sampler(sd, NUM_STEPS, GUIDANCE, remat="partial")
+def trace_gradient(model, remat):
+    """The gradient of a whole sample by the factors."""
+    sd, params, encoded = model
+    sample = make_sampler(sd, NUM_STEPS, GUIDANCE, remat=remat)
+    latents = jnp.zeros((len(PROMPTS), *sd.latent_shape))
 
     def reward(lora):
         trained = jnp.ones(NUM_STEPS, bool)
         key = jax.random.key(0)
-        return sample(params, lora, latents, conditioning, uncond, key, trained).sum()
+        return sample(params, lora, latents, encoded[1:], encoded[:1], key, trained).sum()
 
-    jaxpr = jax.make_jaxpr(jax.grad(reward))(random_factors(params["unet"]))
-    (forward,) = (
-        eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan" and not eqn.params["reverse"]
-    )
-    stacked = (v.aval for v in forward.outvars if v.aval.shape[:1] == (NUM_STEPS,))
-    return sum(array.size * array.dtype.itemsize for array in stacked)
+    return jax.make_jaxpr(jax.grad(reward))(random_factors(params["unet"])).jaxpr
+
+
+def scans(jaxpr, length):
+    """The loops of so many turns, those within others, too."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "scan" and eqn.params["length"] == length:
+            yield eqn
+        for inner in inner_jaxprs(eqn):
+            yield from scans(inner, length)
+
+
+def bytes_given(scan):
+    """What the turns of a loop leave behind, one by one."""
+    arrays = [v.aval for v in scan.outvars[scan.params["num_carry"] :]]
+    return sum(array.size * array.dtype.itemsize for array in arrays)
 
 
 def test_what_is_kept_is_what_room_was_made_for(model):
-    sd, params, (_, conditioning, _) = model
-    counted = NUM_STEPS * NUM_IMAGES * bytes_kept_of(sd, params["unet"], conditioning[:1])
+    sd, params, encoded = model
+    counted = NUM_STEPS * NUM_IMAGES * bytes_kept_of(sd, params["unet"], encoded[:1])
+    # What the forward pass of a whole sample hands to its backward pass, step by step.
+    forward, backward = scans(trace_gradient(model, "partial"), NUM_STEPS)
+    assert backward.params["reverse"] and not forward.params["reverse"]
     # What guidance's two halves share is kept once, and was counted twice; latents are kept, too.
-    assert 0.75 * counted < bytes_kept(model) < 1.1 * counted
+    assert 0.75 * counted < bytes_given(forward) < 1.1 * counted
+
+
+def test_blocks_keep_what_goes_between_layers_in_a_loop_and_attention(tmp_path):
+    """Of a transformer of 4 x 4 pixels, 32 channels and 4 heads; no weights, and no other sums."""
+    build_torch_xl_pipeline(tmp_path)
+    sd, params, tokenizers = load_stable_diffusion(tmp_path)
+    model = sd.rematerialized(), params, encode(sd, params, tokenizers, ["", *PROMPTS])
+    forward = [s for s in scans(trace_gradient(model, "block"), 2) if not s.params["reverse"]]
+    tokens, features, heads = NUM_IMAGES * 16, 32, 4
+    a_layer = (tokens * features) + 2 * (tokens * features + tokens * heads)
+    assert {bytes_given(scan) for scan in forward} == {0, 2 * 4 * a_layer}
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,23 @@ def test_stable_diffusion_xl_equals_diffusers():
     )
 
 
+def test_each_image_meets_two_prompts_in_transformers_of_two_layers():
+    peer = torch_pipeline.build_unet("tiny", transformer_layers_per_block=2)
+    unet = UNet(UNetConfig.from_dict(peer.config))
+    rng = np.random.default_rng(1)
+    sample = rng.standard_normal((2, 4, 8, 8)).astype(np.float32)
+    context = rng.standard_normal((4, 7, 32)).astype(np.float32)
+    assert_parity(
+        unet,
+        peer,
+        lambda params, *inputs: unet.apply({"params": params}, *inputs),
+        lambda sample, timesteps, context: (
+            peer(sample.repeat_interleave(2, 0), timesteps.repeat_interleave(2, 0), context).sample
+        ),
+        (sample, np.array([981, 3]), context),
+    )
+
+
 def test_one_timestep_for_all_images():
     unet = UNet(UNetConfig.from_dict(torch_pipeline.UNETS["tiny"]))
     rng = np.random.default_rng(1)
