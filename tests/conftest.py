@@ -16,6 +16,8 @@ os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
 )
+# Workers have a core each, and threads of PyTorch that share one wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Quick answers about local folders only: no test may need the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 

@@ -89,15 +89,16 @@ def test_a_run_leaves_the_files_it_promises(finished_run):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "algorithm, overrides",
     [
         ("refl", {"gradient.stop_share": 0.7}),
         # As programs these are AlignProp's; their gradients are compared in tests/algorithms.
-        pytest.param("draft_lv", {"train.microbatch_size": 1}, marks=pytest.mark.slow),
-        pytest.param("draft", {}, marks=pytest.mark.slow),
-        pytest.param("draft_k", {"truncation.k": 2}, marks=pytest.mark.slow),
-        pytest.param("drtune", {"truncation.k": 2}, marks=pytest.mark.slow),
+        ("draft_lv", {"train.microbatch_size": 1}),
+        ("draft", {}),
+        ("draft_k", {"truncation.k": 2}),
+        ("drtune", {"truncation.k": 2}),
     ],
 )
 def test_a_run_of_each_algorithm(config, tmp_path, algorithm, overrides):

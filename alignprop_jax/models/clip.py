@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from alignprop_jax.errors import UserError
 from alignprop_jax.models.attention_functions import attend
-from alignprop_jax.models.execution import Execution, NetworkModule
+from alignprop_jax.models.execution import Execution, NetworkModule, rematerialized
 from alignprop_jax.models.layers import ACTIVATIONS, Linear, dot_product_attention, layer_norm
 from alignprop_jax.models.stacked_layers import EVERY, run_layers
 
@@ -159,7 +159,9 @@ class Encoder(NetworkModule):
             x, _ = states
             return layer(x, mask), x
 
-        layer = self.block(EncoderLayer)(self.config, self.execution, name=f"layers{EVERY}")
+        # Of a loop, every turn would keep all that its gradient needs, 20 MB an image and layer of
+        # a ViT-H. Beside the denoising that comes before a reward, a second forward pass is little.
+        layer = rematerialized(EncoderLayer)(self.config, self.execution, name=f"layers{EVERY}")
         return run_layers(apply, layer, self.config.num_layers, (x, x), mask)
 
 

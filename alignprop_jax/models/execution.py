@@ -38,7 +38,10 @@ class NetworkModule(nn.Module):
 
     def block(self, module: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
         """The class of a block of the network, as it is to be computed."""
-        if not self.execution.remat:
-            return module
-        policy = jax.checkpoint_policies.save_only_these_names(saved_names.ATTENTION)
-        return nn.remat(module, policy=policy)
+        return rematerialized(module) if self.execution.remat else module
+
+
+def rematerialized(module: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """The class of a module that the backward pass evaluates again, but for attention."""
+    policy = jax.checkpoint_policies.save_only_these_names(saved_names.ATTENTION)
+    return nn.remat(module, policy=policy)

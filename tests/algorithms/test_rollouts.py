@@ -249,7 +249,8 @@ def nano_config_of(nano_config, algorithm, num_steps):
     return config
 
 
-@pytest.mark.parametrize("algorithm", ["ddpo", pytest.param("rwr", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["ddpo", "rwr"])
 def test_a_resumed_run_of_a_black_box_reward_ends_where_a_whole_one_does(
     nano_config, tmp_path, algorithm
 ):

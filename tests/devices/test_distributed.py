@@ -59,6 +59,7 @@ def wait_for_steps(workdir, processes, number):
         time.sleep(0.005)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_through_sigterm_and_kill(nano_config, tmp_path):
     settings = (f"--config.train.num_steps={NUM_STEPS}", "--config.checkpoint.every=20")
     settings += ("--config.logging.image_every=40",)

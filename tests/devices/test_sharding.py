@@ -55,11 +55,12 @@ def test_a_step_is_the_same_on_eight_devices(steps):
     assert_same_step(folder, scalars, ("8_1", "8_2"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "algorithm, atol",
     # Log-probabilities divide by the variance of a step, and so magnify how sampling was rounded,
     # which differs between processors: by up to 2e-5, of a gradient of norm 0.2.
-    [("ddpo", 1e-4), pytest.param("rwr", 1e-5, marks=pytest.mark.slow)],
+    [("ddpo", 1e-4), ("rwr", 1e-5)],
 )
 def test_so_is_one_without_the_gradient_of_the_reward(nano_config, tmp_path, algorithm, atol):
     scalars = run_steps(nano_config, tmp_path, "1_1", "4_1", algorithm=algorithm)

@@ -56,6 +56,7 @@ def test_collectives_are_the_gradient_of_the_factors_and_scalars(numbers, nano_c
     assert size <= numbers[1]["collective_bytes_per_chip"] <= size + 64
 
 
+@pytest.mark.slow
 def test_memory_alone_is_that_of_the_whole_program(numbers, nano_config):
     """The compiler is ended before it writes code, from which nothing of this would change."""
     arguments = ("--config.train.batch_size=16", "--config.train.microbatch_size=8")
