@@ -133,11 +133,21 @@ class Evaluator:
     def preview(self, lora: PyTree | None, split: Split) -> tuple[np.ndarray, list[str]]:
         """Returns the first samples of a split, as many as make a batch, and their prompts."""
         rows = np.arange(min(self._batch_size, len(split.prompts)))
-        images, _ = self._sample_and_score(lora, split, rows, rows)
-        return to_uint8(images[: len(rows)]), split.prompts[: len(rows)]
+        images, _ = self._sample_batch(lora, split, rows, rows)
+        return to_uint8(sharding.gather(images)[: len(rows)]), split.prompts[: len(rows)]
 
     def _sample_and_score(self, lora, split, prompts, rows, lora_timesteps=None):
-        """Images and rewards of a batch, which padding completes so that one program serves all."""
+        """Images and rewards of a batch and its padding."""
+        images, inputs = self._sample_batch(lora, split, prompts, rows, lora_timesteps)
+        scored = self._score_rewards(self.experiment.reward.params, images, inputs)
+        images, (scores, parts) = sharding.gather((images, scored))
+        return images, {"reward": scores} | {f"reward/{name}": parts[name] for name in parts}
+
+    def _sample_batch(self, lora, split, prompts, rows, lora_timesteps=None):
+        """Images of a batch, which padding completes so that one program serves all.
+
+        Also what the reward takes besides; all as it lies on the devices.
+        """
         samples = rows // len(split.prompts)
         padding = (0, self._batch_size - len(rows))
         prompts, samples = (
@@ -157,9 +167,7 @@ class Evaluator:
             samples,
             lora_timesteps,
         )
-        scored = self._score_rewards(experiment.reward.params, images, inputs)
-        images, (scores, parts) = sharding.gather((images, scored))
-        return images, {"reward": scores} | {f"reward/{name}": parts[name] for name in parts}
+        return images, inputs
 
     def _sample_rows(
         self, key, params, lora, conditioning, uncond, prompts, samples, lora_timesteps
