@@ -6,7 +6,9 @@ import sys
 import pytest
 
 from alignprop_jax.compare import compare
-from alignprop_jax.comparison.runs import Budget, Run
+from alignprop_jax.comparison.methods import Method
+from alignprop_jax.comparison.page import write_page
+from alignprop_jax.comparison.runs import Budget, Run, plan_runs
 from alignprop_jax.errors import UserError
 from tests.chromium import open_page
 
@@ -94,12 +96,36 @@ def test_the_page_shows_what_is_chosen(browser, finished):
         assert curve.get_attribute("d") != drawn
         page.get_by_label("unseen").check()
         assert row.inner_text() != numbers
-        picture, select = page.locator("figure img").first, page.locator("select").first
+        picture, select = page.locator("figure img").first, page.locator("figure select").first
         before = picture.get_attribute("src")
         assert select.input_value() == "before"
         select.select_option("draft_k")
         assert picture.get_attribute("src") != before
         assert picture.get_attribute("alt") == "draft_k, unseen prompts"
+        assert [complaint[:10] for complaint in page.complaints if "http" in complaint] == []
+
+
+def test_every_judge_can_be_seen_against_the_reward(browser, finished, config_file, tmp_path):
+    """Of made-up ones; a run of seconds has none."""
+    workdir = finished[0]
+    results = json.loads((workdir / "comparison.json").read_text())
+    for method in results["rewards"]["fast"].values():
+        for split in ("train", "unseen"):
+            for name, values in {"diversity": [3.0, 2.0, 1.0], "sharp": [0.0, 1.0, 1.0]}.items():
+                method[split][name] = dict.fromkeys(("mean", "std", "low", "high"), values)
+    methods = [Method.parse(name) for name in METHODS]
+    runs = plan_runs(workdir, config_file, ["fast"], methods, 2, Budget(8, 2))
+    write_page(tmp_path / "page.html", results, runs)
+    with open_page(browser, tmp_path / "page.html") as page:
+        chart = page.locator("section[data-reward=fast] svg").nth(1)
+        assert chart.get_attribute("aria-label") == "diversity against reward"
+        assert chart.locator("circle").count() == len(METHODS)
+        lowest = float(chart.locator("circle").first.get_attribute("cy"))
+        page.get_by_label("judge against reward").select_option("sharp")
+        assert chart.get_attribute("aria-label") == "sharp against reward"
+        assert float(chart.locator("circle").first.get_attribute("cy")) < lowest
+        page.get_by_label("unseen").check()
+        assert chart.get_attribute("aria-label") == "sharp against reward"
         assert [complaint[:10] for complaint in page.complaints if "http" in complaint] == []
 
 
