@@ -142,12 +142,11 @@ def fill_params(
         started: deque[Future[None]] = deque()
         for name, tensor in tensors:
             known = _current_name(name, places)
-            if known in places:
-                parameter, index, shape = places[known]
+            if known in missing:
+                parameter, index, shape = missing.pop(known)
                 _check_shape(source, name, tensor, shape)
                 started.append(pool.submit(parameter.fill, index, tensor))
-                missing.pop(known, None)
-            elif name.rsplit(".")[-1] not in _BUFFERS:
+            elif known not in places and name.rsplit(".")[-1] not in _BUFFERS:
                 unexpected.append((name, tensor.shape))
             # Nothing of it stays while others are read.
             del tensor
@@ -172,11 +171,11 @@ class _Parameter:
         self.placed: jax.Array | None = None
         self._abstract, self._dtype = abstract, np.dtype(dtype)
         self._array: np.ndarray | None = None
-        self._to_come = set(range(len(self.layers)))
+        self._to_come = len(self.layers)
         self._lock = threading.Lock()
 
     def fill(self, index: int, tensor: np.ndarray) -> None:
-        """Takes the tensor of one layer; puts the array on the devices when it has all of them."""
+        """Takes a layer's tensor, once; puts the array on the devices when it has all of them."""
         shape = tuple(self._abstract.shape)
         with self._lock:
             if self._array is None:
@@ -184,7 +183,7 @@ class _Parameter:
         out = self._array[index] if is_stacked(self.keys) else self._array
         from_torch_layout(self.keys, tensor, out)
         with self._lock:
-            self._to_come.discard(index)
+            self._to_come -= 1
             if self._to_come:
                 return
         array, self._array = self._array, None

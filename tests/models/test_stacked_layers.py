@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from alignprop_jax.errors import UserError
-from alignprop_jax.loading.weights import load_params, save_params
+from alignprop_jax.loading.weights import fill_params, load_params, save_params, to_state_dict
 from alignprop_jax.lora.factors import adapt, init_lora, linear_shapes, merge_lora
 from alignprop_jax.models.layers import Linear
 from alignprop_jax.models.stacked_layers import EVERY, run_layers, single_layers
@@ -117,3 +117,10 @@ def test_files_have_a_tensor_a_layer(params, tmp_path):
     save_file(stored, path)
     with pytest.raises(UserError, match=r"needs tensor blocks.1.weight \[4, 4\], missing here"):
         load_params(shapes, path)
+
+
+def test_a_tensor_that_comes_again_spoils_none_of_the_other_layers(params):
+    tensors = list(to_state_dict(params).items())
+    shapes = jax.eval_shape(lambda: params)
+    loaded = fill_params(shapes, [*tensors, tensors[1]], "two files that share a tensor")
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
