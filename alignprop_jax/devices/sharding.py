@@ -65,13 +65,14 @@ def of_frozen(weights: Any, mesh: Mesh) -> Any:
     size = mesh.shape["fsdp"]
 
     def sharding(path, leaf) -> NamedSharding:
-        first = int(is_stacked([jax.tree_util.keystr([key], simple=True) for key in path]))
+        names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        first = int(is_stacked(names))
         axes = [axis for axis in range(first, leaf.ndim) if leaf.shape[axis] % size == 0]
         if size == 1 or leaf.ndim < first + 2 or not axes:
             return replicated(mesh)
-        names: list[str | None] = [None] * leaf.ndim
-        names[max(axes, key=lambda axis: leaf.shape[axis])] = "fsdp"
-        return NamedSharding(mesh, PartitionSpec(*names))
+        split: list[str | None] = [None] * leaf.ndim
+        split[max(axes, key=lambda axis: leaf.shape[axis])] = "fsdp"
+        return NamedSharding(mesh, PartitionSpec(*split))
 
     return jax.tree_util.tree_map_with_path(sharding, weights)
 

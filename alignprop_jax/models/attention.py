@@ -1,5 +1,7 @@
 """The UNet's transformer: self-attention, cross-attention to the prompt and a gated MLP."""
 
+import operator
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -118,8 +120,6 @@ class Transformer2D(NetworkModule):
             y = layer(".0")(y, context)
         else:
             y = repeat_rows(y, context.shape[0])
-            y = run_layers(
-                lambda layer, *inputs: layer(*inputs), layer(EVERY), self.num_layers, y, context
-            )
+            y = run_layers(operator.call, layer(EVERY), self.num_layers, y, context)
         y = project("proj_out", y.reshape(-1, height, width, channels))
         return repeat_rows(x, y.shape[0]) + y

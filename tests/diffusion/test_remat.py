@@ -22,8 +22,12 @@ NUM_IMAGES = 2 * len(PROMPTS)
 @pytest.fixture(scope="module", params=[build_torch_pipeline, build_torch_xl_pipeline])
 def model(request, tmp_path_factory):
     """A pipeline with transformers of one layer, and one that has two in the deepest."""
-    folder = tmp_path_factory.mktemp("pipeline")
-    request.param(folder)
+    return build_model(request.param, tmp_path_factory.mktemp("pipeline"))
+
+
+def build_model(build, folder):
+    """The modules, their weights, and the encoded prompts after the negative one."""
+    build(folder)
     sd, params, tokenizers = load_stable_diffusion(folder)
     return sd, params, encode(sd, params, tokenizers, ["", *PROMPTS])
 
@@ -69,9 +73,8 @@ def test_what_is_kept_is_what_room_was_made_for(model):
 
 def test_blocks_keep_what_goes_between_layers_in_a_loop_and_attention(tmp_path):
     """Of a transformer of 4 x 4 pixels, 32 channels and 4 heads; no weights, and no other sums."""
-    build_torch_xl_pipeline(tmp_path)
-    sd, params, tokenizers = load_stable_diffusion(tmp_path)
-    model = sd.rematerialized(), params, encode(sd, params, tokenizers, ["", *PROMPTS])
+    sd, *rest = build_model(build_torch_xl_pipeline, tmp_path)
+    model = sd.rematerialized(), *rest
     forward = [s for s in scans(trace_gradient(model, "block"), 2) if not s.params["reverse"]]
     tokens, features, heads = NUM_IMAGES * 16, 32, 4
     a_layer = (tokens * features) + 2 * (tokens * features + tokens * heads)

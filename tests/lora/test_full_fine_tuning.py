@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file
 
 from alignprop_jax.checkpoints import restore
@@ -14,12 +14,18 @@ from alignprop_jax.config import load_config, validate
 from alignprop_jax.diffusion.sampling import make_sampler
 from alignprop_jax.errors import UserError
 from alignprop_jax.loading.pretrained import load_stable_diffusion
-from alignprop_jax.loading.weights import to_torch_layout, torch_name
+from alignprop_jax.loading.weights import to_state_dict
 from alignprop_jax.lora.factors import adapt, init_changes
 from alignprop_jax.train import train
 from tests.diffusion.test_sampling import GUIDANCE, NEGATIVE, NUM_STEPS, PROMPTS, torch_chain
 from tests.torch_gradients import assert_close_gradients, cotangent, draw_inputs
 from tests.torch_pipeline import build_torch_pipeline, torch
+
+
+def tensors_of(changes):
+    """A tree of changes by the names of the weights that they change, in torch's layout."""
+    flat = flatten_dict(changes)
+    return to_state_dict(unflatten_dict({path[:-1]: leaf for path, leaf in flat.items()}))
 
 
 def test_the_gradient_by_all_weights_is_pytorchs(tmp_path):
@@ -40,10 +46,7 @@ def test_the_gradient_by_all_weights_is_pytorchs(tmp_path):
     images = torch_chain(peer, peer.unet, trained, *inputs)
     (images * torch.from_numpy(cotangent(images))).sum().backward()
     wanted = {name: weight.grad.numpy() for name, weight in peer.unet.named_parameters()}
-    actual = {
-        torch_name(path[:-1]): to_torch_layout(path[:-1], np.asarray(leaf))
-        for path, leaf in flatten_dict(gradient(init_changes(params["unet"]))).items()
-    }
+    actual = tensors_of(gradient(init_changes(params["unet"])))
     assert actual.keys() == wanted.keys()
     assert_close_gradients(
         {(k,): v for k, v in actual.items()}, {(k,): v for k, v in wanted.items()}
@@ -76,10 +79,9 @@ def test_a_run_leaves_a_unet_for_diffusers(nano_config, tmp_path):
     )
     state = UNet2DConditionModel.from_pretrained(tmp_path / "model" / "unet").state_dict()
     before = load_file(f"{config.model}/unet/diffusion_pytorch_model.safetensors")
-    trained = flatten_dict(restore(tmp_path / "run" / "checkpoints")["lora"])
+    trained = tensors_of(restore(tmp_path / "run" / "checkpoints")["lora"])
     assert len(trained) == len(state) == len(before)
-    for (*path, _), change in trained.items():
-        name, moved = torch_name(path), to_torch_layout(path, change)
+    for name, moved in trained.items():
         # Adam's step is the learning rate at most, whatever the gradient.
         assert 0 < np.abs(moved).max() < 3e-4, name
         np.testing.assert_allclose(state[name], before[name] + moved, atol=1e-7)
