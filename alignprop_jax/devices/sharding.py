@@ -18,13 +18,19 @@ from alignprop_jax.models.attention_functions import (
     attend_in_blocks,
 )
 from alignprop_jax.models.stacked_layers import is_stacked
+from alignprop_jax.models.tiled_attention import attend_in_tiles
 
 # Generations without the instructions of the attention kernel.
 _WITHOUT_KERNEL = ("TPU v2", "TPU v3")
 # Of a chip's own memory, what the kernel may take: all there is on v4, half or more on others.
 _VMEM_BYTES, _VMEM_BYTES_OF_V4 = 64 * 2**20, 16 * 2**20
 DATA_AXES = ("data", "fsdp")
-ATTENTION = {"plain": attend, "blocks": attend_in_blocks, "kernel": attend_by_kernel}
+ATTENTION = {
+    "plain": attend,
+    "blocks": attend_in_blocks,
+    "tiles": attend_in_tiles,
+    "kernel": attend_by_kernel,
+}
 
 
 def make_mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -165,7 +171,9 @@ def choose_attention(name: str, mesh: Mesh) -> Attend:
     device = mesh.devices.flat[0]
     runs_kernel = device.platform == "tpu" and device.device_kind not in _WITHOUT_KERNEL
     if name == "auto":
-        name = "kernel" if runs_kernel else "blocks"
+        name = "kernel" if runs_kernel else "tiles" if device.platform == "cpu" else "blocks"
+    if name == "tiles":
+        return on_each_device(attend_in_tiles, mesh)
     if name != "kernel":
         return ATTENTION[name]
     if not runs_kernel:
@@ -178,7 +186,10 @@ def choose_attention(name: str, mesh: Mesh) -> Attend:
 
 
 def on_each_device(attend: Attend, mesh: Mesh) -> Attend:
-    """Attention that each device computes for its own images: XLA cannot divide a kernel's work."""
+    """Attention that each device computes for its own images.
+
+    XLA cannot divide a kernel's work, nor a loop's over the heads of all images.
+    """
     images = PartitionSpec(DATA_AXES)
     split = jax.shard_map(attend, mesh=mesh, in_specs=images, out_specs=images, check_vma=False)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from alignprop_jax.models import attention_functions, flash_attention
+from alignprop_jax.models import attention_functions, flash_attention, tiled_attention
 from tests.torch_pipeline import torch
 
 HEADS, WIDTH = 2, 4
@@ -52,6 +52,29 @@ def test_attention_in_blocks_is_pytorchs(monkeypatch, queries, keys):
     assert_equals_pytorch(attention_functions.attend_in_blocks, arrays)
 
 
+@pytest.mark.parametrize("queries, keys", [(12, 12), (12, 5), (7, 9)])
+def test_attention_in_tiles_is_pytorchs(monkeypatch, queries, keys):
+    """Several tiles, of equal numbers of queries, for each head of each image."""
+    monkeypatch.setattr(tiled_attention, "_MOST_WEIGHTS_A_TILE", 4 * keys)
+    monkeypatch.setattr(tiled_attention, "_FEWEST_KEYS", 5)
+    monkeypatch.setattr(tiled_attention, "_FEWEST_QUERIES_A_TILE", 1)
+    arrays = inputs(queries, keys)
+    assert "while" in jax.jit(tiled_attention.attend_in_tiles).lower(*arrays).as_text()
+    assert_equals_pytorch(tiled_attention.attend_in_tiles, arrays)
+
+
+@pytest.mark.parametrize("queries, keys", [(4096, 77), (4 * 1031, 4096)])
+def test_tiles_leave_to_the_blocks_what_is_small_or_odd(queries, keys):
+    """A prompt's few keys, and a number of queries that has no useful divisor."""
+    shapes = [jax.ShapeDtypeStruct((1, n, 1, 8), jnp.float32) for n in (queries, keys, keys)]
+
+    def traced(attend):
+        return str(jax.make_jaxpr(attend)(*shapes))
+
+    in_tiles = traced(tiled_attention.attend_in_tiles)
+    assert in_tiles == traced(attention_functions.attend_in_blocks)
+
+
 @pytest.mark.parametrize(
     "queries, keys, vmem_bytes, rows",
     [(256, 384, VMEM, 256), (256, 7, VMEM, 256), (384, 384, 9 * 2**18, 128)],
@@ -92,10 +115,12 @@ def test_the_kernel_leaves_to_the_blocks_what_is_small_or_odd_or_too_large(queri
     assert "pallas_call" not in str(jax.make_jaxpr(attend)(*shapes))
 
 
-def test_the_weights_of_all_queries_are_never_there_at_once():
+@pytest.mark.parametrize(
+    "attend", [attention_functions.attend_in_blocks, tiled_attention.attend_in_tiles]
+)
+def test_the_weights_of_all_queries_are_never_there_at_once(attend):
     """Those of 4,096 tokens by two heads would take 134 MB, and their gradient as much."""
     shape = jax.ShapeDtypeStruct((1, 4096, HEADS, 8), jnp.float32)
-    attend = attention_functions.attend_in_blocks
     gradient = jax.jit(jax.grad(lambda x: (attend(x, x, x) ** 2).sum()))
     memory = gradient.lower(shape).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 4096**2 * HEADS * 4
