@@ -166,7 +166,8 @@ def default_config() -> ConfigDict:
     # step, each denoising step; block, that and each block of the UNet and of the decoder within.
     # auto: the fastest of the last three that there is memory for.
     config.remat = "auto"
-    # kernel (flash attention, on TPUs alone), tiles (of a head, for CPUs), blocks (of queries), plain
+    # kernel (flash attention, on TPUs alone); tiles (of a head, for CPUs); blocks (of queries);
+    # plain. auto: kernel or tiles, where they are for the device, else blocks.
     config.attention = "auto"
     config.dtype = "float32"  # of frozen weights and activations; LoRA is always float32
 

@@ -1,4 +1,7 @@
-"""Convolution with its gradient written out, for XLA's CPU compiler does not find a fast one."""
+"""Convolution with its gradient written out, for XLA's CPU compiler does not find a fast one.
+
+Large ones of 3 x 3 go by minimal filtering there, see `winograd`.
+"""
 
 import functools
 from collections.abc import Sequence
@@ -8,7 +11,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from alignprop_jax.models import saved_names
+from alignprop_jax.models import saved_names, winograd
 
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 
@@ -65,13 +68,20 @@ def _plain(x, kernel, strides, padding):
     return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=_DIMENSIONS)
 
 
+def _fastest(x, kernel, strides, padding):
+    plain = functools.partial(_plain, strides=strides, padding=padding)
+    if not winograd.pays(x, kernel, strides, padding):
+        return plain(x, kernel)
+    return jax.lax.platform_dependent(x, kernel, cpu=winograd.convolve, default=plain)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _convolve(x, kernel, strides, padding):
-    return _plain(x, kernel, strides, padding)
+    return _fastest(x, kernel, strides, padding)
 
 
 def _forward(x, kernel, strides, padding):
-    out = _plain(x.value, kernel.value, strides, padding)
+    out = _fastest(x.value, kernel.value, strides, padding)
     # A frozen kernel's gradient needs no activations: their shape without images stands for them.
     kept = x.value if kernel.perturbed else x.value[:0]
     return out, (kept, kernel.value)
@@ -87,6 +97,8 @@ def _backward(strides, padding, residuals, cotangent):
         return jax.linear_transpose(by_x, like_x)(cotangent)[0]
 
     def of_x_on_cpu(cotangent, kernel):
+        if winograd.pays(cotangent, kernel, strides, padding):
+            return winograd.input_gradient(cotangent, kernel)
         return _input_gradient(cotangent, kernel, x.shape, strides, padding)
 
     def of_kernel(x, cotangent):

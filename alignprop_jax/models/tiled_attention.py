@@ -94,7 +94,8 @@ def _backward(size, residuals, cotangent):
         zeros = jnp.zeros(key.shape, jnp.float32)
         return jax.lax.scan(differentiate_tile, (zeros, zeros), tuple(queries))
 
-    heads = (_tiles(query, size), _tiles(cotangent, size), mean, log_sum, _heads(key), _heads(value))
+    tiles = (_tiles(query, size), _tiles(cotangent, size), mean, log_sum)
+    heads = (*tiles, _heads(key), _heads(value))
     (dkey, dvalue), dquery = jax.lax.map(differentiate_head, heads)
     dquery = dquery.swapaxes(2, 3)  # of a tile [d, q]
     gradients = (dquery * scale, query), (dkey * scale, key), (dvalue, value)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from alignprop_jax.models import winograd
 from alignprop_jax.models.convolution import convolve, convolve_upsampled
 from tests.torch_pipeline import torch
 
@@ -59,9 +60,55 @@ def test_value_and_gradients_are_pytorchs(size, stride, padding, upsampled, in_l
         np.testing.assert_allclose(got, expected, atol=1e-4)
 
 
-def test_other_platforms_have_jaxs_own_gradients():
+@pytest.mark.parametrize("height, width, parts", [(4, 6, 1), (8, 6, 2), (4, 26, 2)])
+def test_minimal_filtering_is_pytorchs(monkeypatch, height, width, parts):
+    """All rows of tiles at once, some, and one, which is more than there should be."""
+    monkeypatch.setattr(winograd, "_FEWEST_CHANNELS", 1)
+    monkeypatch.setattr(winograd, "_FEWEST_TILES", 1)
+    monkeypatch.setattr(winograd, "_MOST_TILES", 12)
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, height, width, 4)).astype(np.float32)
+    kernel = rng.standard_normal((3, 3, 4, 5)).astype(np.float32)
+
+    def apply(x, kernel):
+        return convolve(x, kernel, (1, 1), ((1, 1), (1, 1)))
+
+    lowered = jax.jit(apply).lower(x, kernel).as_text()
+    assert "stablehlo.convolution" not in lowered
+    assert ("stablehlo.while" in lowered) == (parts > 1)
+    y, vjp = jax.jit(lambda x, kernel: jax.vjp(apply, x, kernel))(x, kernel)
+    cotangent = rng.standard_normal(y.shape).astype(np.float32)
+    wanted, gradients = torch_convolution(x, kernel, 1, ((1, 1), (1, 1)), upsampled=False)
+    np.testing.assert_allclose(y, wanted, atol=2e-5)
+    for got, expected in zip(jax.jit(vjp)(cotangent), gradients(cotangent), strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "shape, kernel, stride, padding, dtype",
+    [
+        ((1, 32, 31, 256), (3, 3, 256, 256), 1, 1, "float32"),
+        ((1, 32, 32, 256), (3, 3, 256, 128), 1, 1, "float32"),
+        ((1, 32, 32, 256), (1, 1, 256, 256), 1, 0, "float32"),
+        ((1, 32, 32, 256), (3, 3, 256, 256), 2, 1, "float32"),
+        ((1, 32, 32, 256), (3, 3, 256, 256), 1, 0, "float32"),
+        ((1, 16, 16, 256), (3, 3, 256, 256), 1, 1, "float32"),
+        ((1, 32, 32, 256), (3, 3, 256, 256), 1, 1, "bfloat16"),
+    ],
+)
+def test_minimal_filtering_is_not_for_all(shape, kernel, stride, padding, dtype):
+    """Odd sizes, few channels, other kernels, strides and padding, few pixels, half precision."""
+    x, kernel = (jax.ShapeDtypeStruct(size, dtype) for size in (shape, kernel))
+    assert not winograd.pays(x, kernel, (stride, stride), ((padding, padding),) * 2)
+    large = jax.ShapeDtypeStruct((1, 32, 32, 256), "float32")
+    square = jax.ShapeDtypeStruct((3, 3, 256, 256), "float32")
+    assert winograd.pays(large, square, (1, 1), ((1, 1), (1, 1)))
+
+
+@pytest.mark.parametrize("edge, channels", [(4, 3), (32, 256)])
+def test_other_platforms_have_jaxs_own_gradients(edge, channels):
     """What a TPU's compiler is given is the transpose of a convolution, and no product."""
-    x, kernel = jnp.ones((1, 4, 4, 3)), jnp.ones((3, 3, 3, 5))
+    x, kernel = jnp.ones((1, edge, edge, channels)), jnp.ones((3, 3, channels, channels))
 
     def gradient(x, kernel):
         return jax.grad(lambda *args: convolve(*args, (1, 1), ((1, 1), (1, 1))).sum(), (0, 1))(
