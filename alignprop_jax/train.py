@@ -23,6 +23,7 @@ from alignprop_jax.devices import distributed, sharding
 from alignprop_jax.devices.compilation import (
     compiler_options,
     enable_compilation_cache,
+    garbage_collection_paused,
     release_freed_memory,
 )
 from alignprop_jax.devices.cpu_devices import use_cores
@@ -166,7 +167,8 @@ def compile_train_step(
     """Compiles one update; returns it with the seconds that took."""
     print("compiling the train step ...", end=" ", flush=True)
     began = time.perf_counter()
-    lowered = trace_train_step(config, experiment, state).lower()
+    with garbage_collection_paused():
+        lowered = trace_train_step(config, experiment, state).lower()
     compiled = lowered.compile(compiler_options())
     release_freed_memory()
     seconds = time.perf_counter() - began

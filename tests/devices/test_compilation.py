@@ -1,3 +1,4 @@
+import gc
 import os
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 from alignprop_jax.devices.compilation import (
     compiler_options,
     enable_compilation_cache,
+    garbage_collection_paused,
     release_freed_memory,
 )
 
@@ -48,6 +50,23 @@ def test_xla_computes_products_itself():
         for options in (None, compiler_options())
     ]
     assert calls[0] > 0 and calls[1] == 0
+
+
+def test_garbage_collection_goes_on_after_an_error_too():
+    with pytest.raises(ValueError), garbage_collection_paused():
+        assert not gc.isenabled()
+        raise ValueError
+    assert gc.isenabled()
+
+
+def test_garbage_collection_that_was_off_stays_off():
+    gc.disable()
+    try:
+        with garbage_collection_paused():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
 
 
 def resident_bytes():
