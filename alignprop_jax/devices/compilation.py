@@ -40,7 +40,10 @@ def compiler_options() -> dict[str, str]:
     time than its own where there is AVX-512, and up to twice the time where there is only AVX2
     (docs/performance.md).
     """
-    if jax.default_backend() != "cpu" or "avx512f" in _cpu_flags() or "avx2" not in _cpu_flags():
+    if jax.default_backend() != "cpu":
+        return {}
+    flags = _cpu_flags()
+    if "avx512f" in flags or "avx2" not in flags:
         return {}
     return {"xla_cpu_experimental_ynn_fusion_type": ""}
 

@@ -31,6 +31,8 @@ ATTENTION = {
     "tiles": attend_in_tiles,
     "kernel": attend_by_kernel,
 }
+# Those that XLA cannot divide among devices.
+_BY_DEVICE = ("tiles", "kernel")
 
 
 def make_mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -172,17 +174,16 @@ def choose_attention(name: str, mesh: Mesh) -> Attend:
     runs_kernel = device.platform == "tpu" and device.device_kind not in _WITHOUT_KERNEL
     if name == "auto":
         name = "kernel" if runs_kernel else "tiles" if device.platform == "cpu" else "blocks"
-    if name == "tiles":
-        return on_each_device(attend_in_tiles, mesh)
-    if name != "kernel":
-        return ATTENTION[name]
-    if not runs_kernel:
+    if name == "kernel" and not runs_kernel:
         raise UserError(
             f"config.attention=kernel is for TPUs from v4 on, not for {device.device_kind}; take "
             "blocks, or auto, here"
         )
-    vmem_bytes = _VMEM_BYTES_OF_V4 if device.device_kind == "TPU v4" else _VMEM_BYTES
-    return on_each_device(functools.partial(attend_by_kernel, vmem_bytes=vmem_bytes), mesh)
+    chosen = ATTENTION[name]
+    if name == "kernel":
+        vmem_bytes = _VMEM_BYTES_OF_V4 if device.device_kind == "TPU v4" else _VMEM_BYTES
+        chosen = functools.partial(chosen, vmem_bytes=vmem_bytes)
+    return on_each_device(chosen, mesh) if name in _BY_DEVICE else chosen
 
 
 def on_each_device(attend: Attend, mesh: Mesh) -> Attend:

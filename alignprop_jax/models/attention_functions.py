@@ -49,7 +49,7 @@ def _attend_forward(query, key, value, mask):
     largest = logits.max(-1, keepdims=True)
     weights = jnp.exp((logits - largest) * scale)
     total = weights.sum(-1, keepdims=True)
-    out = _product("bhqk,bkhd->bhqd", weights.astype(value.dtype), value) / total
+    out = product("bhqk,bkhd->bhqd", weights.astype(value.dtype), value) / total
     out = out.astype(value.dtype).swapaxes(1, 2)
     log_sum = largest * scale + jnp.log(total)
     out, log_sum = (checkpoint_name(x, saved_names.ATTENTION) for x in (out, log_sum))
@@ -63,11 +63,11 @@ def _attend_backward(residuals, cotangent):
     # What the softmax's normalisation takes from every logit's gradient.
     mean = (cotangent.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
     mean = mean.swapaxes(1, 2)[..., None]
-    dlogits = weights * (_product("bqhd,bkhd->bhqk", cotangent, value) - mean)
+    dlogits = weights * (product("bqhd,bkhd->bhqk", cotangent, value) - mean)
     dlogits, weights = dlogits.astype(query.dtype), weights.astype(value.dtype)
-    dquery = _product("bhqk,bkhd->bqhd", dlogits, key) * scale
-    dkey = _product("bhqk,bqhd->bkhd", dlogits, query) * scale
-    dvalue = _product("bhqk,bqhd->bkhd", weights, cotangent)
+    dquery = product("bhqk,bkhd->bqhd", dlogits, key) * scale
+    dkey = product("bhqk,bqhd->bkhd", dlogits, query) * scale
+    dvalue = product("bhqk,bqhd->bkhd", weights, cotangent)
     return *(x.astype(query.dtype) for x in (dquery, dkey, dvalue)), None
 
 
@@ -76,13 +76,14 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 def _logits(query, key, mask):
     """Before they are scaled, in float32."""
-    logits = _product("bqhd,bkhd->bhqk", query, key)
+    logits = product("bqhd,bkhd->bhqk", query, key)
     if mask is None:
         return logits
     return jnp.where(mask[None, None], logits, jnp.finfo(jnp.float32).min)
 
 
-def _product(subscripts, a, b):
+def product(subscripts: str, a: Array, b: Array) -> Array:
+    """`jnp.einsum` of two arrays, in float32."""
     return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
 
 

@@ -2,8 +2,7 @@
 
 The weights of a tile stay in a core's cache, where those of all heads, which `attend_in_blocks`
 computes at once, go to memory and back for each pass of the softmax. They lie as [k, q], so that
-its sums and maxima run over the leading axis: XLA's CPU compiler finds vector instructions for
-those, and none for sums along the last axis.
+its sums and maxima are taken over the leading axis, element by element along the last.
 """
 
 import functools
@@ -14,13 +13,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from alignprop_jax.models import saved_names
-from alignprop_jax.models.attention_functions import attend_in_blocks
+from alignprop_jax.models.attention_functions import attend_in_blocks, product
 
-# 4 MB of them, about what a core has of second and third cache (docs/performance.md).
+# 4 MB of them. With the gradient, a quarter of it takes 14% longer, half 8%, and twice as much the
+# same.
 _MOST_WEIGHTS_A_TILE = 2**20
 # Of fewer, the weights of all heads are small.
 _FEWEST_KEYS = 1024
-# Smaller tiles, which odd numbers of queries would need, are slower than blocks.
+# Numbers of queries without a larger divisor would go one by one in the end: they go by blocks.
 _FEWEST_QUERIES_A_TILE = 64
 
 
@@ -55,11 +55,11 @@ def _forward(size, query, key, value):
         queries, key, value = head
 
         def attend_tile(query):
-            logits = _product("kd,qd->kq", key, query)
+            logits = product("kd,qd->kq", key, query)
             largest = logits.max(0, keepdims=True)
             weights = jnp.exp((logits - largest) * scale)
             total = weights.sum(0, keepdims=True)
-            out = _product("kd,kq->dq", value, weights.astype(value.dtype)) / total
+            out = product("kd,kq->dq", value, weights.astype(value.dtype)) / total
             return out.T.astype(value.dtype), largest * scale + jnp.log(total)
 
         return jax.lax.map(attend_tile, queries)
@@ -83,12 +83,12 @@ def _backward(size, residuals, cotangent):
 
         def differentiate_tile(sums, tile):
             query, cotangent, mean, log_sum = tile
-            weights = jnp.exp(_product("kd,qd->kq", key, query) * scale - log_sum)
-            dlogits = weights * (_product("kd,qd->kq", value, cotangent) - mean)
+            weights = jnp.exp(product("kd,qd->kq", key, query) * scale - log_sum)
+            dlogits = weights * (product("kd,qd->kq", value, cotangent) - mean)
             dlogits, weights = dlogits.astype(query.dtype), weights.astype(value.dtype)
-            dkey = _product("kq,qd->kd", dlogits, query)
-            dvalue = _product("kq,qd->kd", weights, cotangent)
-            dquery = _product("kd,kq->dq", key, dlogits)
+            dkey = product("kq,qd->kd", dlogits, query)
+            dvalue = product("kq,qd->kd", weights, cotangent)
+            dquery = product("kd,kq->dq", key, dlogits)
             return (sums[0] + dkey, sums[1] + dvalue), dquery
 
         zeros = jnp.zeros(key.shape, jnp.float32)
@@ -118,7 +118,3 @@ def _as_tokens(x: Array, shape: tuple[int, ...]) -> Float[Array, "b n h d"]:
     """What `_heads` or `_tiles` took apart, of this shape."""
     batch, number, heads, width = shape
     return x.reshape(batch, heads, number, width).swapaxes(1, 2)
-
-
-def _product(subscripts, a, b):
-    return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
