@@ -42,13 +42,13 @@ def compiler_options() -> dict[str, str]:
     """
     if jax.default_backend() != "cpu":
         return {}
-    flags = _cpu_flags()
+    flags = cpu_flags()
     if "avx512f" in flags or "avx2" not in flags:
         return {}
     return {"xla_cpu_experimental_ynn_fusion_type": ""}
 
 
-def _cpu_flags() -> list[str]:
+def cpu_flags() -> list[str]:
     """Extensions of the instruction set, by their names in Linux; empty where it does not tell."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

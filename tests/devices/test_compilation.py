@@ -49,7 +49,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
     "cpu, by_library", [("fma avx2", False), ("avx2 avx512f", True), ("asimd", True)]
 )
 def test_xla_computes_products_itself_where_its_library_is_slow(monkeypatch, cpu, by_library):
-    monkeypatch.setattr(compilation, "_cpu_flags", cpu.split)
+    monkeypatch.setattr(compilation, "cpu_flags", cpu.split)
     x = jax.ShapeDtypeStruct((256, 256), "float32")
     compiled = jax.jit(lambda x: x @ x).lower(x).compile(compiler_options())
     assert ("ynn" in compiled.as_text()) == by_library
@@ -57,7 +57,7 @@ def test_xla_computes_products_itself_where_its_library_is_slow(monkeypatch, cpu
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_what_the_cpu_can_do_is_known():
-    flags = compilation._cpu_flags()
+    flags = compilation.cpu_flags()
     assert flags or platform.machine() != "x86_64"
     assert all(flag in Path("/proc/cpuinfo").read_text() for flag in flags)
 

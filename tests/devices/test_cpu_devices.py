@@ -9,13 +9,14 @@ from alignprop_jax.devices.cpu_devices import num_devices
 
 COUNT = """
 from alignprop_jax.config import default_config
-from alignprop_jax.devices.cpu_devices import use_cores
+from alignprop_jax.devices import cpu_devices
 import jax
+cpu_devices.cpu_flags = CPU.split
 config = default_config()
 config.train.batch_size = 4
-use_cores(config)
+cpu_devices.use_cores(config)
 print(len(jax.devices()), os.environ["PJRT_NPROC"])
-use_cores(config)
+cpu_devices.use_cores(config)
 """
 
 
@@ -37,17 +38,20 @@ def test_ddpo_s_minibatches_do_too():
 
 
 @pytest.mark.parametrize(
-    "environment, expected",
+    "cpu, environment, expected",
     [
-        ({}, "2 3"),
-        ({"JAX_NUM_CPU_DEVICES": "3"}, "3 4"),
-        ({"JAX_NUM_CPU_DEVICES": "1"}, "1 2"),
-        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}, "4 5"),
-        ({"PJRT_NPROC": "8"}, "2 8"),
+        ("avx2", {}, "2 3"),
+        ("avx2", {"JAX_NUM_CPU_DEVICES": "3"}, "3 4"),
+        ("avx2", {"JAX_NUM_CPU_DEVICES": "1"}, "1 2"),
+        ("avx2", {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}, "4 5"),
+        ("avx2", {"PJRT_NPROC": "8"}, "2 8"),
+        ("avx2 avx512f", {}, "2 2"),
+        ("avx2 avx512f", {"JAX_NUM_CPU_DEVICES": "3"}, "3 3"),
+        ("avx2 avx512f", {"JAX_NUM_CPU_DEVICES": "1"}, "1 2"),
     ],
 )
-def test_cores_are_devices_with_a_thread_to_spare_unless_the_user_chose(environment, expected):
-    script = "import os; os.sched_getaffinity = lambda _: {0, 1}" + COUNT
+def test_cores_are_devices_with_a_thread_to_spare_where_it_is_needed(cpu, environment, expected):
+    script = f"CPU = {cpu!r}; import os; os.sched_getaffinity = lambda _: {{0, 1}}" + COUNT
     process = subprocess.run(
         [sys.executable, "-c", script],
         env={"JAX_PLATFORMS": "cpu", **environment},
@@ -77,7 +81,7 @@ for again in others:
 
 @pytest.mark.slow
 def test_every_sample_is_the_same_again():
-    """With $PJRT_NPROC=2, it is another in half of the evaluations."""
+    """With $PJRT_NPROC=2 on a CPU without AVX-512, it is another in half of the evaluations."""
     script = "import os; os.sched_getaffinity = lambda _: {0, 1}" + SAMPLES
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     process = subprocess.run(
