@@ -50,7 +50,7 @@ class Downsample(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
-        padding = ((0, 1), (0, 1)) if self.pad_end_only else 1
+        padding = ((0, 1), (0, 1)) if self.pad_end_only else None
         return conv(self.features, 3, "conv", self.dtype, stride=2, padding=padding)(x)
 
 

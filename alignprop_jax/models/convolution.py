@@ -4,7 +4,6 @@ Large ones of 3 x 3 go by minimal filtering there, see `winograd`.
 """
 
 import functools
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -19,25 +18,20 @@ _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 def convolve(
     x: Float[Array, "b h w i"],
     kernel: Float[Array, "k l i o"],
-    strides: Sequence[int],
-    padding: Sequence[tuple[int, int]],
-    **settings: object,
+    strides: tuple[int, int],
+    padding: tuple[tuple[int, int], tuple[int, int]],
 ) -> Float[Array, "b H W o"]:
-    """`jax.lax.conv_general_dilated` of images, as `flax.linen.Conv` calls it.
+    """`jax.lax.conv_general_dilated` of images.
 
     In the body of a loop, XLA's CPU compiler takes 5 times as long for the gradient of `x` as for
     the convolution that it is, and 30 times as long for that of the kernel as for its products.
-
-    Args:
-        settings: what else flax gives it, that of a plain convolution.
     """
-    del settings
-    out = _convolve(x, kernel, tuple(strides), tuple(map(tuple, padding)))
+    out = _convolve(x, kernel, strides, padding)
     return checkpoint_name(out, saved_names.CONVOLUTION)
 
 
 def convolve_upsampled(
-    x: Float[Array, "b h w i"], kernel: Float[Array, "3 3 i o"], *settings: object, **more: object
+    x: Float[Array, "b h w i"], kernel: Float[Array, "3 3 i o"], *settings: object
 ) -> Float[Array, "b 2*h 2*w o"]:
     """`convolve` of images whose height and width were doubled by repeating pixels; keeps the size.
 
@@ -45,9 +39,9 @@ def convolve_upsampled(
     added up beforehand. That leaves a kernel of 2 x 2 for each pixel of four, at 4/9 of the work.
 
     Args:
-        settings: those that flax gives a convolution which keeps the size.
+        settings: those of `convolve` for one that keeps the size.
     """
-    del settings, more
+    del settings
     weights = kernel.astype(jnp.float32)
 
     def halves(weights, axis, phase):
@@ -68,6 +62,8 @@ def _plain(x, kernel, strides, padding):
     return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=_DIMENSIONS)
 
 
+# Jitted, as its gradients are, so that layers of a shape are traced once.
+@functools.partial(jax.jit, static_argnums=(2, 3))
 def _fastest(x, kernel, strides, padding):
     plain = functools.partial(_plain, strides=strides, padding=padding)
     if not winograd.pays(x, kernel, strides, padding):
@@ -89,34 +85,44 @@ def _forward(x, kernel, strides, padding):
 
 def _backward(strides, padding, residuals, cotangent):
     x, kernel = residuals
-    like_x = jax.ShapeDtypeStruct((cotangent.shape[0], *x.shape[1:]), x.dtype)
-    is_frozen = x.shape != like_x.shape
-
-    def of_x(cotangent, kernel):
-        by_x = functools.partial(_plain, kernel=kernel, strides=strides, padding=padding)
-        return jax.linear_transpose(by_x, like_x)(cotangent)[0]
-
-    def of_x_on_cpu(cotangent, kernel):
-        if winograd.pays(cotangent, kernel, strides, padding):
-            return winograd.input_gradient(cotangent, kernel)
-        return _input_gradient(cotangent, kernel, x.shape, strides, padding)
-
-    def of_kernel(x, cotangent):
-        by_kernel = functools.partial(_plain, x, strides=strides, padding=padding)
-        return jax.linear_transpose(lambda kernel: by_kernel(kernel=kernel), kernel)(cotangent)[0]
-
-    def of_kernel_on_cpu(x, cotangent):
-        return _kernel_gradient(x, cotangent, kernel.shape, strides, padding)
-
-    x_gradient = jax.lax.platform_dependent(cotangent, kernel, cpu=of_x_on_cpu, default=of_x)
-    if is_frozen:
+    shape = (cotangent.shape[0], *x.shape[1:])
+    x_gradient = _fastest_input_gradient(cotangent, kernel, shape, strides, padding)
+    if x.shape != shape:
         return x_gradient, jnp.zeros_like(kernel)
-    return x_gradient, jax.lax.platform_dependent(
-        x, cotangent, cpu=of_kernel_on_cpu, default=of_kernel
-    )
+    return x_gradient, _fastest_kernel_gradient(x, cotangent, kernel.shape, strides, padding)
 
 
 _convolve.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _fastest_input_gradient(cotangent, kernel, shape, strides, padding):
+    def on_cpu(cotangent, kernel):
+        if winograd.pays(cotangent, kernel, strides, padding):
+            return winograd.input_gradient(cotangent, kernel)
+        return _input_gradient(cotangent, kernel, shape, strides, padding)
+
+    def elsewhere(cotangent, kernel):
+        by_x = functools.partial(_plain, kernel=kernel, strides=strides, padding=padding)
+        x = jax.ShapeDtypeStruct(shape, cotangent.dtype)
+        return jax.linear_transpose(by_x, x)(cotangent)[0]
+
+    return jax.lax.platform_dependent(cotangent, kernel, cpu=on_cpu, default=elsewhere)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _fastest_kernel_gradient(x, cotangent, shape, strides, padding):
+    def on_cpu(x, cotangent):
+        return _kernel_gradient(x, cotangent, shape, strides, padding)
+
+    def elsewhere(x, cotangent):
+        def by_kernel(kernel):
+            return _plain(x, kernel, strides, padding)
+
+        kernel = jax.ShapeDtypeStruct(shape, cotangent.dtype)
+        return jax.linear_transpose(by_kernel, kernel)(cotangent)[0]
+
+    return jax.lax.platform_dependent(x, cotangent, cpu=on_cpu, default=elsewhere)
 
 
 def _input_gradient(cotangent, kernel, shape, strides, padding):

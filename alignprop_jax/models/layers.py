@@ -15,6 +15,20 @@ from alignprop_jax.models.convolution import convolve
 KERNEL_INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
+def weight(
+    module: nn.Module, name: str, initializer: Callable[..., Array], shape: tuple[int, ...]
+) -> Array:
+    """`module.param(name, initializer, shape)`, without a look at what is there already.
+
+    For every use of a parameter, flax traces its initialisation to compare shapes. That is a sixth
+    of the time that tracing a train step takes, and files are compared with the model as they are
+    loaded.
+    """
+    if module.has_variable("params", name):
+        return module.get_variable("params", name)
+    return module.param(name, initializer, shape)
+
+
 class Linear(nn.Module):
     """y = x W + b, plus (x down) up where the collection "lora" has factors for this layer.
 
@@ -27,16 +41,39 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
-        kernel = self.param("kernel", KERNEL_INIT, (x.shape[-1], self.features))
+        kernel = weight(self, "kernel", KERNEL_INIT, (x.shape[-1], self.features))
         x = x.astype(self.dtype)
         y = x @ kernel.astype(self.dtype)
         if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+            bias = weight(self, "bias", nn.initializers.zeros, (self.features,))
             y += bias.astype(self.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
         if self.has_variable("lora", "down"):
             down = self.get_variable("lora", "down").astype(self.dtype)
             up = self.get_variable("lora", "up").astype(self.dtype)
             y += (x @ down) @ up
+        return y
+
+
+class Conv(nn.Module):
+    """A square convolution; see `conv`."""
+
+    features: int
+    kernel_size: int
+    stride: int
+    padding: tuple[tuple[int, int], tuple[int, int]]
+    use_bias: bool
+    dtype: jnp.dtype
+    by: Callable[..., Array]
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b H W o"]:
+        size = self.kernel_size
+        kernel = weight(self, "kernel", KERNEL_INIT, (size, size, x.shape[-1], self.features))
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        y = self.by(x, kernel, (self.stride, self.stride), self.padding)
+        if self.use_bias:
+            bias = weight(self, "bias", nn.initializers.zeros, (self.features,))
+            y += bias.astype(self.dtype).reshape((1, 1, 1, -1))
         return y
 
 
@@ -46,26 +83,18 @@ def conv(
     name: str | None,
     dtype: jnp.dtype,
     stride: int = 1,
-    padding: int | tuple[tuple[int, int], ...] | None = None,
+    padding: tuple[tuple[int, int], tuple[int, int]] | None = None,
     use_bias: bool = True,
     by: Callable[..., Array] = convolve,
-) -> nn.Conv:
+) -> Conv:
     """A square convolution that keeps the size at stride 1 unless `padding` says otherwise.
 
     Args:
         by: a function of `convolution`.
     """
-    return nn.Conv(
-        features,
-        (kernel_size, kernel_size),
-        strides=stride,
-        padding=kernel_size // 2 if padding is None else padding,
-        use_bias=use_bias,
-        kernel_init=KERNEL_INIT,
-        dtype=dtype,
-        conv_general_dilated=by,
-        name=name,
-    )
+    around = kernel_size // 2
+    padding = padding or ((around, around), (around, around))
+    return Conv(features, kernel_size, stride, padding, use_bias, dtype, by, name=name)
 
 
 def repeat_rows(x: Shaped[Array, "b *s"], number: int) -> Shaped[Array, "n *s"]:
@@ -91,8 +120,8 @@ class GroupNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b *s c"]) -> Float[Array, "b *s c"]:
         batch, channels = x.shape[0], x.shape[-1]
-        scale = self.param("scale", nn.initializers.ones, (channels,))
-        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        scale = weight(self, "scale", nn.initializers.ones, (channels,))
+        bias = weight(self, "bias", nn.initializers.zeros, (channels,))
         x = x.astype(jnp.float32)
         pixels = tuple(range(1, x.ndim - 1))
 

@@ -9,8 +9,6 @@ from alignprop_jax.models import winograd
 from alignprop_jax.models.convolution import convolve, convolve_upsampled
 from tests.torch_pipeline import torch
 
-SETTINGS = {"lhs_dilation": (1, 1), "rhs_dilation": (1, 1), "feature_group_count": 1}
-
 
 def torch_convolution(x, kernel, stride, padding, upsampled):
     """The value as NHWC and a function to both gradients, as NHWC and HWIO."""
@@ -48,7 +46,7 @@ def test_value_and_gradients_are_pytorchs(size, stride, padding, upsampled, in_l
 
     def apply(x, kernel):
         if not in_loop:
-            return by(x, kernel, (stride, stride), padding, **SETTINGS)
+            return by(x, kernel, (stride, stride), padding)
         twice = jax.lax.map(lambda half: by(half, kernel, (stride, stride), padding), x[:, None])
         return twice[:, 0]
 
