@@ -42,18 +42,21 @@ def convolve(
     x: Float[Array, "b h w i"], kernel: Float[Array, "3 3 i o"]
 ) -> Float[Array, "b h w o"]:
     """The convolution that keeps the size, of images of even height and width."""
-    return _in_parts(x, _of_kernel(kernel), "sni,sio->sno")
+    return _in_parts(x, kernel, "sni,sio->sno")
 
 
 def input_gradient(
     cotangent: Float[Array, "b h w o"], kernel: Float[Array, "3 3 i o"]
 ) -> Float[Array, "b h w i"]:
     """The gradient of `convolve` by its input: of the cotangent, with the kernel turned."""
-    return _in_parts(cotangent, _of_kernel(kernel[::-1, ::-1]), "sno,sio->sni")
+    return _in_parts(cotangent, kernel[::-1, ::-1], "sno,sio->sni")
 
 
 def _in_parts(x, kernel, product):
     """Rows of tiles by rows of tiles, as many at a time as there is to be memory for."""
+    # The 0 binds the transform of a kernel to where it is used. XLA would move those of all kernels
+    # out of a loop of steps and hold them until its end; a barrier is gone before it does.
+    kernel = _of_kernel(kernel + 0 * x[0, 0, 0, 0])
     batch, height, width, _ = x.shape
     rows = _rows_at_a_time(height // 2, batch * width // 2)
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))

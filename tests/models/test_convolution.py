@@ -82,6 +82,24 @@ def test_minimal_filtering_is_pytorchs(monkeypatch, height, width, parts):
         np.testing.assert_allclose(got, expected, atol=1e-4)
 
 
+def test_a_loop_holds_no_more_than_one_transformed_kernel():
+    """Of six, all of which XLA would transform before it."""
+    kernels = [jax.ShapeDtypeStruct((3, 3, 256, 256), np.float32)] * 6
+    x = jax.ShapeDtypeStruct((1, 32, 32, 256), np.float32)
+
+    def step(x, kernels):
+        for kernel in kernels:
+            x = convolve(x, kernel, (1, 1), ((1, 1), (1, 1)))
+        return x
+
+    def apply(x, kernels):
+        return jax.lax.fori_loop(0, 3, lambda _, x: step(x, kernels), x)
+
+    compiled = jax.jit(apply).lower(x, kernels).compile()
+    a_transformed_kernel = 16 * 256 * 256 * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < 5 * a_transformed_kernel
+
+
 @pytest.mark.parametrize(
     "shape, kernel, stride, padding, dtype",
     [
