@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import gc
 import os
 from collections.abc import Iterator
@@ -48,6 +49,7 @@ def compiler_options() -> dict[str, str]:
     return {"xla_cpu_experimental_ynn_fusion_type": ""}
 
 
+@functools.cache
 def cpu_flags() -> list[str]:
     """Extensions of the instruction set, by their names in Linux; empty where it does not tell."""
     try:

@@ -8,8 +8,8 @@ from jaxtyping import Array, Float
 
 from alignprop_jax.models.execution import Execution, NetworkModule
 from alignprop_jax.models.layers import (
+    Conv,
     Linear,
-    conv,
     dot_product_attention,
     gelu,
     group_norm,
@@ -107,7 +107,7 @@ class Transformer2D(NetworkModule):
         def project(name, y):
             if self.use_linear_projection:
                 return Linear(channels, dtype=self.dtype, name=name)(y)
-            return conv(channels, 1, name, self.dtype)(y)
+            return Conv(channels, 1, self.dtype, name=name)(y)
 
         y = project("proj_in", group_norm(self.num_groups, 1e-6, "norm", self.dtype)(x))
         y = y.reshape(batch, height * width, channels)

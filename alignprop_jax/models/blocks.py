@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from alignprop_jax.models.convolution import convolve_upsampled
-from alignprop_jax.models.layers import Linear, conv, group_norm, repeat_rows
+from alignprop_jax.models.layers import Conv, Linear, group_norm, repeat_rows
 
 
 class ResnetBlock(nn.Module):
@@ -25,16 +25,16 @@ class ResnetBlock(nn.Module):
         self, x: Float[Array, "b h w i"], time_embedding: Float[Array, "t d"] | None = None
     ) -> Float[Array, "b h w o"]:
         y = jax.nn.silu(group_norm(self.num_groups, self.epsilon, "norm1", self.dtype)(x))
-        y = conv(self.features, 3, "conv1", self.dtype)(y)
+        y = Conv(self.features, 3, self.dtype, name="conv1")(y)
         if time_embedding is not None:
             shift = Linear(self.features, dtype=self.dtype, name="time_emb_proj")(
                 jax.nn.silu(time_embedding)
             )
             y += repeat_rows(shift, y.shape[0])[:, None, None, :]
         y = jax.nn.silu(group_norm(self.num_groups, self.epsilon, "norm2", self.dtype)(y))
-        y = conv(self.features, 3, "conv2", self.dtype)(y)
+        y = Conv(self.features, 3, self.dtype, name="conv2")(y)
         if x.shape[-1] != self.features:
-            x = conv(self.features, 1, "conv_shortcut", self.dtype)(x)
+            x = Conv(self.features, 1, self.dtype, name="conv_shortcut")(x)
         return x + y
 
 
@@ -51,7 +51,7 @@ class Downsample(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
         padding = ((0, 1), (0, 1)) if self.pad_end_only else None
-        return conv(self.features, 3, "conv", self.dtype, stride=2, padding=padding)(x)
+        return Conv(self.features, 3, self.dtype, stride=2, padding=padding, name="conv")(x)
 
 
 class Upsample(nn.Module):
@@ -62,4 +62,4 @@ class Upsample(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
-        return conv(self.features, 3, "conv", self.dtype, by=convolve_upsampled)(x)
+        return Conv(self.features, 3, self.dtype, by=convolve_upsampled, name="conv")(x)

@@ -55,46 +55,27 @@ class Linear(nn.Module):
 
 
 class Conv(nn.Module):
-    """A square convolution; see `conv`."""
+    """A square convolution that keeps the size at stride 1 unless `padding` says otherwise.
+
+    Attributes:
+        by: a function of `convolution`.
+    """
 
     features: int
     kernel_size: int
-    stride: int
-    padding: tuple[tuple[int, int], tuple[int, int]]
-    use_bias: bool
-    dtype: jnp.dtype
-    by: Callable[..., Array]
+    dtype: jnp.dtype = jnp.float32
+    stride: int = 1
+    padding: tuple[tuple[int, int], tuple[int, int]] | None = None
+    by: Callable[..., Array] = convolve
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b H W o"]:
-        size = self.kernel_size
+        size, around = self.kernel_size, self.kernel_size // 2
         kernel = weight(self, "kernel", KERNEL_INIT, (size, size, x.shape[-1], self.features))
-        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-        y = self.by(x, kernel, (self.stride, self.stride), self.padding)
-        if self.use_bias:
-            bias = weight(self, "bias", nn.initializers.zeros, (self.features,))
-            y += bias.astype(self.dtype).reshape((1, 1, 1, -1))
-        return y
-
-
-def conv(
-    features: int,
-    kernel_size: int,
-    name: str | None,
-    dtype: jnp.dtype,
-    stride: int = 1,
-    padding: tuple[tuple[int, int], tuple[int, int]] | None = None,
-    use_bias: bool = True,
-    by: Callable[..., Array] = convolve,
-) -> Conv:
-    """A square convolution that keeps the size at stride 1 unless `padding` says otherwise.
-
-    Args:
-        by: a function of `convolution`.
-    """
-    around = kernel_size // 2
-    padding = padding or ((around, around), (around, around))
-    return Conv(features, kernel_size, stride, padding, use_bias, dtype, by, name=name)
+        bias = weight(self, "bias", nn.initializers.zeros, (self.features,))
+        x, kernel, bias = (y.astype(self.dtype) for y in (x, kernel, bias))
+        padding = self.padding or ((around, around), (around, around))
+        return self.by(x, kernel, (self.stride, self.stride), padding) + bias.reshape((1, 1, 1, -1))
 
 
 def repeat_rows(x: Shaped[Array, "b *s"], number: int) -> Shaped[Array, "n *s"]:

@@ -18,7 +18,7 @@ from alignprop_jax.models.attention import Transformer2D
 from alignprop_jax.models.blocks import Downsample, ResnetBlock, Upsample
 from alignprop_jax.models.config_json import per_block, refuse_unsupported
 from alignprop_jax.models.execution import Execution, NetworkModule
-from alignprop_jax.models.layers import Linear, conv, group_norm, repeat_rows
+from alignprop_jax.models.layers import Conv, Linear, group_norm, repeat_rows
 
 _SUPPORTED = {
     "act_fn": ("silu", "swish"),
@@ -288,7 +288,7 @@ class UNet(NetworkModule):
             time_embedding = repeat_rows(time_embedding, sample.shape[0]) + size_embedding
         context = encoder_hidden_states.astype(self.dtype)
 
-        x = conv(config.channels[0], 3, "conv_in", self.dtype)(sample)
+        x = Conv(config.channels[0], 3, self.dtype, name="conv_in")(sample)
         skips = [x]
         for level in range(levels):
             stage = DownStage(
@@ -311,4 +311,4 @@ class UNet(NetworkModule):
             x = stage(x, skips[split:], time_embedding, context)
             skips = skips[:split]
         x = group_norm(config.norm_num_groups, config.norm_eps, "conv_norm_out", self.dtype)(x)
-        return conv(config.out_channels, 3, "conv_out", self.dtype)(jax.nn.silu(x))
+        return Conv(config.out_channels, 3, self.dtype, name="conv_out")(jax.nn.silu(x))

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from alignprop_jax.models.blocks import Downsample, ResnetBlock, Upsample
 from alignprop_jax.models.config_json import refuse_unsupported
 from alignprop_jax.models.execution import Execution, NetworkModule
-from alignprop_jax.models.layers import Linear, conv, dot_product_attention, group_norm
+from alignprop_jax.models.layers import Conv, Linear, dot_product_attention, group_norm
 
 # The autoencoder's norms use this epsilon; its files do not record it.
 _EPSILON = 1e-6
@@ -160,12 +160,12 @@ class Encoder(NetworkModule):
     @nn.compact
     def __call__(self, x: Float[Array, "b H W c"]) -> Float[Array, "b h w o"]:
         config = self.config
-        x = conv(config.channels[0], 3, "conv_in", self.dtype)(x)
+        x = Conv(config.channels[0], 3, self.dtype, name="conv_in")(x)
         for level in range(len(config.channels)):
             x = EncoderLevel(config, level, self.execution, name=f"down_blocks.{level}")(x)
         x = MidBlock(config, self.execution, name="mid_block")(x)
         x = group_norm(config.norm_num_groups, _EPSILON, "conv_norm_out", self.dtype)(x)
-        return conv(2 * config.latent_channels, 3, "conv_out", self.dtype)(jax.nn.silu(x))
+        return Conv(2 * config.latent_channels, 3, self.dtype, name="conv_out")(jax.nn.silu(x))
 
 
 class Decoder(NetworkModule):
@@ -175,12 +175,12 @@ class Decoder(NetworkModule):
     @nn.compact
     def __call__(self, z: Float[Array, "b h w z"]) -> Float[Array, "b H W c"]:
         config = self.config
-        x = conv(config.channels[-1], 3, "conv_in", self.dtype)(z)
+        x = Conv(config.channels[-1], 3, self.dtype, name="conv_in")(z)
         x = MidBlock(config, self.execution, name="mid_block")(x)
         for i, level in enumerate(reversed(range(len(config.channels)))):
             x = DecoderLevel(config, level, self.execution, name=f"up_blocks.{i}")(x)
         x = group_norm(config.norm_num_groups, _EPSILON, "conv_norm_out", self.dtype)(x)
-        return conv(config.out_channels, 3, "conv_out", self.dtype)(jax.nn.silu(x))
+        return Conv(config.out_channels, 3, self.dtype, name="conv_out")(jax.nn.silu(x))
 
 
 class AutoencoderKL(NetworkModule):
@@ -195,9 +195,9 @@ class AutoencoderKL(NetworkModule):
         self.decoder = Decoder(config, self.execution)
         if config.use_quant_conv:
             moments = 2 * config.latent_channels
-            self.quant_conv = conv(moments, 1, None, self.dtype)
+            self.quant_conv = Conv(moments, 1, self.dtype)
         if config.use_post_quant_conv:
-            self.post_quant_conv = conv(config.latent_channels, 1, None, self.dtype)
+            self.post_quant_conv = Conv(config.latent_channels, 1, self.dtype)
 
     def encode(
         self, x: Float[Array, "b H W c"]
