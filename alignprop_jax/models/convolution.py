@@ -1,6 +1,7 @@
 """Convolution with its gradient written out, for XLA's CPU compiler does not find a fast one.
 
-Large ones of 3 x 3 go by minimal filtering there, see `winograd`.
+Large ones of 3 x 3 go by minimal filtering there, see `winograd`, and those of many channels and
+few pixels as a product of matrices, see `im2col`.
 """
 
 import functools
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from alignprop_jax.models import saved_names, winograd
+from alignprop_jax.models import im2col, saved_names, winograd
 
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 
@@ -26,7 +27,10 @@ def convolve(
     In the body of a loop, XLA's CPU compiler takes 5 times as long for the gradient of `x` as for
     the convolution that it is, and 30 times as long for that of the kernel as for its products.
     """
-    out = _convolve(x, kernel, strides, padding)
+    if kernel.shape[:2] == strides == (1, 1) and padding == ((0, 0), (0, 0)):
+        out = x @ kernel[0, 0]
+    else:
+        out = _convolve(x, kernel, strides, padding)
     return checkpoint_name(out, saved_names.CONVOLUTION)
 
 
@@ -66,9 +70,13 @@ def _plain(x, kernel, strides, padding):
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _fastest(x, kernel, strides, padding):
     plain = functools.partial(_plain, strides=strides, padding=padding)
-    if not winograd.pays(x, kernel, strides, padding):
+    if winograd.pays(x, kernel, strides, padding):
+        on_cpu = winograd.convolve
+    elif im2col.pays(jax.eval_shape(plain, x, kernel).shape, kernel):
+        on_cpu = functools.partial(im2col.convolve, strides=strides, padding=padding)
+    else:
         return plain(x, kernel)
-    return jax.lax.platform_dependent(x, kernel, cpu=winograd.convolve, default=plain)
+    return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=plain)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -100,7 +108,9 @@ def _fastest_input_gradient(cotangent, kernel, shape, strides, padding):
     def on_cpu(cotangent, kernel):
         if winograd.pays(cotangent, kernel, strides, padding):
             return winograd.input_gradient(cotangent, kernel)
-        return _input_gradient(cotangent, kernel, shape, strides, padding)
+        if max(strides) > 1 or im2col.pays(cotangent.shape, kernel):
+            return im2col.input_gradient(cotangent, kernel, shape, strides, padding)
+        return _input_gradient(cotangent, kernel, shape, padding)
 
     def elsewhere(cotangent, kernel):
         by_x = functools.partial(_plain, kernel=kernel, strides=strides, padding=padding)
@@ -125,30 +135,20 @@ def _fastest_kernel_gradient(x, cotangent, shape, strides, padding):
     return jax.lax.platform_dependent(x, cotangent, cpu=on_cpu, default=elsewhere)
 
 
-def _input_gradient(cotangent, kernel, shape, strides, padding):
-    """The convolution of the cotangent, with zeros between its pixels, and the turned kernel."""
+def _input_gradient(cotangent, kernel, shape, padding):
+    """The convolution of the cotangent and the turned kernel, at stride 1."""
     turned = jax.lax.rev(kernel, (0, 1)).swapaxes(2, 3)
-    pads = []
-    for axis, (stride, (low, _)) in enumerate(zip(strides, padding, strict=True)):
-        dilated = (cotangent.shape[1 + axis] - 1) * stride + 1
-        pads.append((kernel.shape[axis] - 1 - low, shape[1 + axis] - dilated + low))
-    if max(strides) > 1:
-        between = ((0, 0, 0), *((0, 0, stride - 1) for stride in strides), (0, 0, 0))
-        cotangent = jax.lax.pad(cotangent, jnp.zeros((), cotangent.dtype), between)
+    pads = [
+        (kernel.shape[axis] - 1 - low, shape[1 + axis] - cotangent.shape[1 + axis] + low)
+        for axis, (low, _) in enumerate(padding)
+    ]
     return _plain(cotangent, turned, (1, 1), pads)
 
 
 def _kernel_gradient(x, cotangent, shape, strides, padding):
     """For each of the kernel's pixels, the product of the cotangent and what it was applied to."""
-    padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-
-    def of_pixel(*offsets):
-        rows, columns = (
-            slice(offset, offset + (number - 1) * stride + 1, stride)
-            for offset, number, stride in zip(offsets, cotangent.shape[1:3], strides, strict=True)
-        )
-        return jnp.einsum("bhwi,bhwo->io", padded[:, rows, columns], cotangent)
-
-    return jnp.stack(
-        [jnp.stack([of_pixel(i, j) for j in range(shape[1])]) for i in range(shape[0])]
-    )
+    products = [
+        jnp.einsum("bhwi,bhwo->io", part, cotangent)
+        for part in im2col.covered(x, shape, strides, padding)
+    ]
+    return jnp.stack(products).reshape(shape)

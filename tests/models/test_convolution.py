@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignprop_jax.models import winograd
+from alignprop_jax.models import im2col, winograd
 from alignprop_jax.models.convolution import convolve, convolve_upsampled
 from tests.torch_pipeline import torch
 
@@ -119,6 +119,66 @@ def test_minimal_filtering_is_not_for_all(shape, kernel, stride, padding, dtype)
     large = jax.ShapeDtypeStruct((1, 32, 32, 256), "float32")
     square = jax.ShapeDtypeStruct((3, 3, 256, 256), "float32")
     assert winograd.pays(large, square, (1, 1), ((1, 1), (1, 1)))
+
+
+@pytest.mark.parametrize(
+    "size, stride, padding",
+    [
+        ((3, 3), 1, ((1, 1), (1, 1))),
+        ((3, 3), 2, ((1, 1), (1, 1))),
+        ((3, 3), 2, ((0, 1), (0, 1))),
+        ((3, 2), 1, ((2, 0), (1, 3))),
+        ((2, 3), 3, ((0, 0), (1, 0))),
+    ],
+)
+def test_a_product_of_matrices_is_pytorchs(monkeypatch, size, stride, padding):
+    monkeypatch.setattr(im2col, "_FEWEST_CHANNELS", 1)
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, 5, 7, 4)).astype(np.float32)
+    kernel = rng.standard_normal((*size, 4, 140)).astype(np.float32)
+
+    def apply(x, kernel):
+        return convolve(x, kernel, (stride, stride), padding)
+
+    def gradients(x, kernel, cotangent):
+        return jax.vjp(apply, x, kernel)[1](cotangent)
+
+    wanted, wanted_gradients = torch_convolution(x, kernel, stride, padding, upsampled=False)
+    cotangent = rng.standard_normal(wanted.shape).astype(np.float32)
+    for function, arguments in ((apply, (x, kernel)), (gradients, (x, kernel, cotangent))):
+        assert "stablehlo.convolution" not in jax.jit(function).lower(*arguments).as_text()
+    np.testing.assert_allclose(jax.jit(apply)(x, kernel), wanted, atol=2e-5)
+    got = jax.jit(gradients)(x, kernel, cotangent)
+    for gradient, expected in zip(got, wanted_gradients(cotangent), strict=True):
+        np.testing.assert_allclose(gradient, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "result, kernel",
+    [
+        ((1, 16, 16, 255), (3, 3, 256, 255)),
+        ((1, 16, 16, 256), (3, 3, 255, 256)),
+        ((1, 16, 17, 256), (3, 3, 256, 256)),
+        ((2, 16, 16, 256), (3, 3, 256, 256)),
+    ],
+)
+def test_a_product_of_matrices_is_not_for_all(result, kernel):
+    """Not for few channels, nor many pixels."""
+    assert not im2col.pays(result, jax.ShapeDtypeStruct(kernel, "float32"))
+    square = jax.ShapeDtypeStruct((3, 3, 256, 256), "float32")
+    assert im2col.pays((1, 16, 16, 256), square)
+
+
+def test_the_gradient_of_strides_convolves_no_zeros():
+    """On CPUs, few channels as they are: what XLA's convolution would do between the pixels."""
+    kernel = jnp.ones((3, 3, 3, 5))
+
+    def gradient(x, cotangent):
+        _, vjp = jax.vjp(lambda x: convolve(x, kernel, (2, 2), ((1, 1), (1, 1))), x)
+        return vjp(cotangent)
+
+    lowered = jax.jit(gradient).lower(jnp.ones((1, 8, 8, 3)), jnp.ones((1, 4, 4, 5)))
+    assert " convolution(" not in lowered.compile().as_text()
 
 
 @pytest.mark.parametrize("edge, channels", [(4, 3), (32, 256)])
