@@ -22,8 +22,7 @@ def pays(result: tuple[int, ...], kernel: Float[Array, "k l i o"]) -> bool:
     It is the pixels that the compiler's own convolution divides between cores. The left matrix is
     smaller than the kernel then.
     """
-    batch, height, width, _ = result
-    return min(kernel.shape[2:]) >= _FEWEST_CHANNELS and batch * height * width <= kernel.shape[3]
+    return min(kernel.shape[2:]) >= _FEWEST_CHANNELS and _has_few_pixels(result)
 
 
 def convolve(
@@ -53,7 +52,7 @@ def input_gradient(
     """
     of_kernel = kernel.reshape(-1, *kernel.shape[2:])
     # The compiler reads its second matrix against the grain: that is to be the smaller one.
-    if math.prod(cotangent.shape[:-1]) <= cotangent.shape[-1]:
+    if _has_few_pixels(cotangent.shape):
         products = jnp.einsum("pio,bhwo->pibhw", of_kernel, cotangent)
         parts = [product.transpose(1, 2, 3, 0) for product in products]
     else:
@@ -78,3 +77,8 @@ def covered(
 
     rows, columns = ([lines(axis, i) for i in range(kernel_shape[axis])] for axis in (0, 1))
     return [padded[:, row, column] for row in rows for column in columns]
+
+
+def _has_few_pixels(shape):
+    """Whether there are no more of them than channels."""
+    return math.prod(shape[:-1]) <= shape[-1]
