@@ -52,6 +52,7 @@ setup(
             "beartype>=0.23,<0.24",
             "diffusers>=0.42,<0.43",
             "ftfy>=6,<7",
+            "hypothesis>=6.155,<7",
             "libtpu>=0.0.40",
             "peft>=0.21,<0.22",
             "playwright>=1.65,<2",

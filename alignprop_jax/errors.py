@@ -1,5 +1,6 @@
-"""The error a user can cure, and the way every program reports it."""
+"""The error a user can cure, what a user should know, and how every program says both."""
 
+import functools
 import sys
 from collections.abc import Callable
 
@@ -8,6 +9,15 @@ from absl import app, flags, logging
 
 class UserError(Exception):
     """Bad input: one line that names the culprit and the cure."""
+
+
+@functools.cache
+def note(message: str) -> None:
+    """Prints, once in a process, what was cut, guessed or left out of what the user gave.
+
+    It goes to the standard output, as all that the main process says for the others.
+    """
+    print(f"note: {' '.join(message.split())}", flush=True)
 
 
 def run_program(main: Callable[[list[str]], None]) -> None:

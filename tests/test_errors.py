@@ -57,3 +57,11 @@ def test_a_defect_keeps_its_traceback():
     result = run("--fail=defect")
     assert result.returncode == 1
     assert "Traceback" in result.stderr and "ValueError: a defect" in result.stderr
+
+
+def test_a_note_is_one_line_said_once(capsys):
+    from alignprop_jax.errors import note
+
+    for _ in range(2):
+        note("the prompt\n  was cut")
+    assert capsys.readouterr().out == "note: the prompt was cut\n"
