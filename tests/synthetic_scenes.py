@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from alignprop_jax.pretraining.scenes import SceneSampler
-from alignprop_jax.pretraining.sprites import Sprites
+from examples.emoji.scenes import SceneSampler
+from examples.emoji.sprites import Sprites
 
 NAMES = ("ant", "cat", "grapes", "kiwi")
 

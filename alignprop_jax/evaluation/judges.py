@@ -1,9 +1,9 @@
 """Judges of generated emoji that no reward knows: what is in it, how many, and in which style.
 
-Networks trained on real emoji alone (`pretraining/train_judges.py`): small convolutional ones, and
-a CLIP of its own for agreement with the prompt. They share neither weights nor seed with what
-rewards come from, the convolutional ones not even the architecture, so that a picture which pleases
-the reward without having become what it should does not pass here.
+They are networks that were trained on real emoji alone (`examples/emoji/train_judges.py`): small
+convolutional ones, and a CLIP of its own for agreement with the prompt. They share neither weights
+nor seed with the rewards, and the convolutional ones not even the architecture. So a picture that
+only pleases the reward does not pass here.
 """
 
 import dataclasses
