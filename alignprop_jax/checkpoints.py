@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -16,15 +17,17 @@ State = TypeVar("State")
 Fingerprint = dict[str, Any]
 
 
-def make_fingerprint(model: str, dtype: str, unet_params: Any, lora: Any, alpha: float):
+def make_fingerprint(
+    model: str, dtype: str, weights: Sequence[jax.Array], lora: Any, alpha: float
+) -> Fingerprint:
     """Returns what a checkpoint belongs to, as JSON: the model and the shape of its LoRA.
 
-    The first and last convolution of the UNet stand for its weights: any training changes them.
+    Args:
+        weights: a few that stand for all of the model, see `Generator.weights_that_tell`.
     """
     digest = hashlib.sha256()
-    for layer in ("conv_in", "conv_out"):
-        kernel = sharding.gather(unet_params[layer]["kernel"])
-        digest.update(np.asarray(kernel, np.float32).tobytes())
+    for array in weights:
+        digest.update(np.asarray(sharding.gather(array), np.float32).tobytes())
     leaves = jax.tree_util.tree_leaves_with_path(lora)
     down = [(path, leaf) for path, leaf in leaves if path[-1].key == "down"]
     return {

@@ -19,10 +19,10 @@ from alignprop_jax.algorithms.presets import (
     check_algorithm,
     use_algorithm,
 )
+from alignprop_jax.core.gate import REMAT_POLICIES
+from alignprop_jax.core.gradient_path import REWARD_AT, GradientPath
+from alignprop_jax.core.truncation import STRATEGIES, Truncation
 from alignprop_jax.devices.sharding import ATTENTION
-from alignprop_jax.diffusion.gradient_path import REWARD_AT, GradientPath
-from alignprop_jax.diffusion.sampling import REMAT_POLICIES
-from alignprop_jax.diffusion.truncation import STRATEGIES, Truncation
 from alignprop_jax.errors import UserError
 
 _CHOICES = {

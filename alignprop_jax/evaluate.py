@@ -39,6 +39,7 @@ from alignprop_jax.lora.mixing import BASE_MODEL, LoraMix, define_flags_of_loras
 from alignprop_jax.records.images import columns_for, make_grid
 from alignprop_jax.records.metrics import write_json
 from alignprop_jax.records.workdir import Workdir
+from alignprop_jax.settings import at_a_time
 
 
 def evaluate(
@@ -67,7 +68,7 @@ def evaluate(
     workdir = Workdir(path)
     loras = tuple(lora if lora.files else LoraMix((find_lora(workdir),)) for lora in loras)
     experiment = load_experiment(config)
-    factors = [lora.load(experiment.params["unet"]) for lora in loras]
+    factors = [lora.load(experiment.weights) for lora in loras]
     evaluator = standardize_parts(make_evaluator(config, experiment), workdir, factors[0])
     if scorers is None:
         scorers = make_judges(config, experiment.prompts)
@@ -128,7 +129,7 @@ def describe(results: dict[str, Any]) -> str:
 
 def main(argv: list[str]) -> None:
     del argv
-    use_cores(_CONFIG.value)
+    use_cores(*at_a_time(_CONFIG.value))
     results = evaluate(_CONFIG.value, _WORKDIR.value, *_read_loras(), rewards=_REWARDS.value)
     print(describe(results))
 

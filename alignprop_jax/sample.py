@@ -16,12 +16,11 @@ import numpy as np
 from absl import flags
 from jaxtyping import Array, Float, Key
 
+from alignprop_jax.core.chain import Chain, Inputs
 from alignprop_jax.devices.compilation import compiler_options, enable_compilation_cache
 from alignprop_jax.devices.distributed import on_every_host, on_main
-from alignprop_jax.diffusion.sampling import make_sampler
 from alignprop_jax.errors import UserError, run_program
-from alignprop_jax.experiment import encode
-from alignprop_jax.loading.pretrained import load_stable_diffusion
+from alignprop_jax.generators.load import load_generator
 from alignprop_jax.lora.mixing import NO_LORA, LoraMix, define_lora_flags
 from alignprop_jax.prompts.reading import load_prompts
 from alignprop_jax.records.images import save_images
@@ -50,33 +49,32 @@ def sample(
     Raises:
       UserError: a file cannot be read or does not fit the model, or a setting is not supported.
     """
-    sd, params, tokenizers = load_stable_diffusion(model, image_size=image_size)
-    run = make_sampler(sd, num_steps, guidance_scale, eta)
-    factors = lora.load(params["unet"])
+    loaded = load_generator(model, sample_size=image_size)
+    generator, params = loaded.generator, loaded.params
+    chain = Chain(generator, num_steps, generator.guidance(guidance_scale), eta)
+    adapter = lora.load(generator.network(params))
     latent_keys, sampler_keys = make_image_keys(seed, len(prompts))
     if latents:
-        noise = read_latents(latents, len(prompts), sd.latent_shape)
+        start = read_latents(latents, len(prompts), generator.latent_shape)
     else:
-        noise = jax.vmap(lambda key: jax.random.normal(key, sd.latent_shape))(latent_keys)
-    encoded = encode(sd, params, tokenizers, [negative_prompt, *prompts])
-    frozen = {"unet": params["unet"], "vae": params["vae"]}
-    run = jax.jit(run, compiler_options=compiler_options())
+        start = jax.vmap(generator.start)(latent_keys)
+    encoded = loaded.encode([negative_prompt, *prompts])
+    run = jax.jit(chain.sample, compiler_options=compiler_options())
     images = []
     batch_size = min(batch_size, len(prompts))
     with progress_bar(len(prompts), "sampling", "image") as progress:
-        for start in range(0, len(prompts), batch_size):
+        for first in range(0, len(prompts), batch_size):
             # The last batch is filled up with the last image: one compiled program serves all.
-            rows = np.minimum(np.arange(start, start + batch_size), len(prompts) - 1)
-            batch = run(
-                frozen,
-                factors,
-                noise[rows],
-                encoded[1 + rows],
-                encoded[:1],
-                sampler_keys[rows],
-                lora_timesteps=lora.timesteps,
+            rows = np.minimum(np.arange(first, first + batch_size), len(prompts) - 1)
+
+            def pick(tree, rows=rows):
+                return jax.tree.map(lambda x: x[rows], tree)
+
+            inputs = Inputs(
+                pick(start), pick(encoded, 1 + rows), pick(encoded, slice(1)), pick(sampler_keys)
             )
-            images.append(np.asarray(batch)[: len(prompts) - start])
+            batch = run(params, adapter, inputs, adapter_timesteps=lora.timesteps)
+            images.append(np.asarray(batch)[: len(prompts) - first])
             progress.update(len(images[-1]))
     return np.concatenate(images)
 

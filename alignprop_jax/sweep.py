@@ -27,12 +27,13 @@ from alignprop_jax.evaluation.evaluator import make_evaluator, make_judges, summ
 from alignprop_jax.evaluation.judges import Scorer
 from alignprop_jax.evaluation.standardization import standardize_parts
 from alignprop_jax.experiment import UNSEEN, load_experiment
-from alignprop_jax.lora.factors import mix_loras
+from alignprop_jax.lora.adapters import Factors
 from alignprop_jax.lora.files import load_lora
 from alignprop_jax.lora.mixing import LoraMix, parse_timesteps
 from alignprop_jax.records.metrics import JsonLines, Record
 from alignprop_jax.records.progress import progress_bar
 from alignprop_jax.records.workdir import Workdir
+from alignprop_jax.settings import at_a_time
 from alignprop_jax.sweep_page import MOST_PICTURES, write_page
 
 
@@ -71,12 +72,12 @@ def sweep(
     enable_compilation_cache()
     workdir = Workdir(path)
     experiment = load_experiment(config)
-    loras = [load_lora(file, experiment.params["unet"])[0] for file in files]
+    loras = [Factors(load_lora(file, experiment.weights)[0]) for file in files]
     evaluator = standardize_parts(make_evaluator(config, experiment), workdir)
     split = experiment.splits[UNSEEN]
     if scorers is None:
         scorers = make_judges(config, split.prompts)
-    num_timesteps = experiment.sd.scheduler.num_train_timesteps
+    num_timesteps = experiment.generator.num_timesteps
     ranges = ranges or default_ranges(num_timesteps)
     alphas = [round(float(alpha), 4) for alpha in np.linspace(0.0, 1.0, points)]
 
@@ -86,7 +87,7 @@ def sweep(
     with progress_bar(points * len(ranges), "sweep", "point") as progress:
         for timesteps, alpha in itertools.product(ranges, alphas):
             evaluation = evaluator.evaluate(
-                mix_loras(alpha, *loras), split, scorers, f"alpha {alpha:g}", timesteps
+                loras[0].mixed(alpha, *loras[1:]), split, scorers, f"alpha {alpha:g}", timesteps
             )
             settings = {"mix": alpha, "lora_timesteps": list(timesteps)}
             lines.append(settings | summarize(evaluation))
@@ -123,7 +124,7 @@ def default_ranges(num_timesteps: int) -> list[tuple[int, int]]:
 
 def main(argv: list[str]) -> None:
     del argv
-    use_cores(_CONFIG.value)
+    use_cores(*at_a_time(_CONFIG.value))
     records = sweep(
         _CONFIG.value,
         _WORKDIR.value,

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from alignprop_jax.algorithms.state import TrainState
 from alignprop_jax.checkpoints import Checkpoints, make_fingerprint
-from alignprop_jax.config import define_config_flag, lora_scale, validate
+from alignprop_jax.config import define_config_flag, validate
 from alignprop_jax.devices import distributed, sharding
 from alignprop_jax.devices.compilation import (
     compiler_options,
@@ -40,7 +40,8 @@ from alignprop_jax.records.reports import Reports
 from alignprop_jax.records.summary import describe_result, seconds_of_steps, summarize
 from alignprop_jax.records.trained_weights import save_trained
 from alignprop_jax.records.workdir import Workdir
-from alignprop_jax.train_steps import create_state, frozen_arguments, trace_train_step
+from alignprop_jax.settings import adaptation_of, at_a_time
+from alignprop_jax.train_steps import create_state, frozen_of, trace_train_step
 
 # After so many steps in a row without a finite gradient, no later one will have it.
 MAX_SKIPPED_IN_A_ROW = 10
@@ -86,7 +87,7 @@ def train(config: ConfigDict, path: epath.PathLike) -> None:
         workdir.rewind(first_step if resumed else -1)
         for change in workdir.save_config(config):
             print(f"changed since this run began: {change}")
-        evaluator = standardize_parts(evaluator, workdir, state.lora)
+        evaluator = standardize_parts(evaluator, workdir, adaptation_of(config).bind(state.lora))
         experiment = evaluator.experiment
         with contextlib.closing(open_reports(config, workdir, evaluator, first_step)) as reports:
             train_step, seconds_compile = compile_train_step(config, experiment, state)
@@ -110,9 +111,8 @@ def start_from_file(config: ConfigDict, experiment: Experiment, state: TrainStat
 
     A run that is resumed has no more need of that file.
     """
-    lora = continue_lora(
-        config.lora.init, state.lora, experiment.params["unet"], lora_scale(config)
-    )
+    scale = config.lora.alpha / config.lora.rank
+    lora = continue_lora(config.lora.init, state.lora, experiment.weights, scale)
     return state.replace(lora=sharding.put(lora, sharding.replicated(experiment.mesh)))
 
 
@@ -121,7 +121,11 @@ def open_checkpoints(
 ) -> Checkpoints:
     """Opens the run's checkpoints; UserError when they are of another model or LoRA."""
     fingerprint = make_fingerprint(
-        config.model, config.dtype, experiment.params["unet"], state.lora, config.lora.alpha
+        config.model,
+        config.dtype,
+        experiment.generator.weights_that_tell(experiment.params),
+        state.lora,
+        config.lora.alpha,
     )
     settings = config.checkpoint
     return Checkpoints(workdir.checkpoints, fingerprint, settings.keep, settings.keep_best)
@@ -143,7 +147,7 @@ def open_reports(
         dashboards,
         evaluator,
         evaluator.experiment.splits,
-        lora_scale=lora_scale(config),
+        adaptation=adaptation_of(config),
         judges=make_judges(config, evaluator.experiment.prompts),
     )
 
@@ -173,7 +177,7 @@ def compile_train_step(
     release_freed_memory()
     seconds = time.perf_counter() - began
     print(f"{seconds:.0f} s", flush=True)
-    return functools.partial(compiled, *frozen_arguments(experiment)), seconds
+    return functools.partial(compiled, frozen_of(experiment)), seconds
 
 
 def run_steps(
@@ -253,7 +257,7 @@ def evaluate_after(step: int, state: TrainState, workdir: Workdir, reports: Repo
 
 def main(argv: list[str]) -> None:
     del argv
-    use_cores(_CONFIG.value)
+    use_cores(*at_a_time(_CONFIG.value))
     train(_CONFIG.value, _WORKDIR.value)
 
 

@@ -13,7 +13,7 @@ from alignprop_jax.config import (
     to_json,
     validate,
 )
-from alignprop_jax.diffusion.truncation import STRATEGIES
+from alignprop_jax.core.truncation import STRATEGIES
 from alignprop_jax.errors import UserError
 
 # What the programs promise to understand: a key that goes missing here breaks somebody's command.

@@ -16,6 +16,7 @@ from alignprop_jax.devices.compilation import enable_compilation_cache
 from alignprop_jax.devices.cpu_devices import use_cores
 from alignprop_jax.evaluation.evaluator import make_evaluator
 from alignprop_jax.experiment import TRAIN, load_experiment
+from alignprop_jax.settings import at_a_time
 from alignprop_jax.train import compile_train_step
 from alignprop_jax.train_steps import create_state
 
@@ -47,7 +48,7 @@ def time_work(work: Work) -> dict[str, float | list[float]]:
         prompts = Path(folder) / "prompts.txt"
         prompts.write_text("\n".join(PROMPTS))
         config = config_of(work, prompts)
-        use_cores(config)
+        use_cores(*at_a_time(config))
         enable_compilation_cache()
         experiment = load_experiment(config)
     if work.start is None:

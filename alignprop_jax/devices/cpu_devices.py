@@ -8,13 +8,11 @@ import os
 import re
 
 import jax
-from ml_collections import ConfigDict
 
-from alignprop_jax.algorithms.presets import WITHOUT_REWARD_GRADIENT
 from alignprop_jax.devices.compilation import cpu_flags
 
 
-def use_cores(config: ConfigDict) -> None:
+def use_cores(samples: int, fsdp: int) -> None:
     """Gives each core a device, or as many as the images in memory at a time divide among.
 
     To be called before anything is computed; later, and in a run of several hosts, it does nothing.
@@ -30,7 +28,7 @@ def use_cores(config: ConfigDict) -> None:
         return
     cores, number = len(os.sched_getaffinity(0)), _chosen_number()
     if number is None:
-        number = num_devices(config, cores)
+        number = num_devices(samples, fsdp, cores)
         try:
             jax.config.update("jax_num_cpu_devices", number)
         except RuntimeError:  # The devices are in use.
@@ -39,12 +37,9 @@ def use_cores(config: ConfigDict) -> None:
     os.environ.setdefault("PJRT_NPROC", str(max(cores, number + spare)))
 
 
-def num_devices(config: ConfigDict, cores: int) -> int:
-    """The largest number, up to that of the cores, that the images in memory divide by."""
-    images = config.train.microbatch_size or config.train.batch_size
-    if config.algorithm in WITHOUT_REWARD_GRADIENT:
-        images //= max(1, config.rollouts.minibatches)
-    fitting = (n for n in range(cores, 0, -1) if images % n == 0 and n % config.mesh.fsdp == 0)
+def num_devices(samples: int, fsdp: int, cores: int) -> int:
+    """The largest number, up to that of the cores, that the samples in memory divide by."""
+    fitting = (n for n in range(cores, 0, -1) if samples % n == 0 and n % fsdp == 0)
     return next(fitting, 1)
 
 

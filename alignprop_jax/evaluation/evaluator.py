@@ -7,10 +7,12 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jaxtyping import Key, PyTree
+from jaxtyping import Key
 from ml_collections import ConfigDict
 
-from alignprop_jax.algorithms.batches import PromptTable
+from alignprop_jax.algorithms.base import PromptTable
+from alignprop_jax.core.chain import Inputs
+from alignprop_jax.core.generator import Adapter
 from alignprop_jax.devices import sharding
 from alignprop_jax.devices.compilation import compiler_options
 from alignprop_jax.devices.distributed import is_main
@@ -65,7 +67,7 @@ class Evaluator:
 
     def evaluate(
         self,
-        lora: PyTree | None,
+        lora: Adapter | None,
         split: Split,
         scorers: dict[str, Scorer] | None = None,
         description: str = "evaluating",
@@ -75,7 +77,7 @@ class Evaluator:
         """Samples every prompt of a split and scores the samples.
 
         Args:
-            lora: with its scale folded in; None is the base model.
+            lora: what is added to the model; None is the base model.
             split: the prompts.
             scorers: what judges the samples, by name, besides the reward. Where one gives
                 embeddings, [b, d], the score of a sample is its mean distance to the others of its
@@ -130,7 +132,7 @@ class Evaluator:
         evaluator.experiment = dataclasses.replace(experiment, reward=reward)
         return evaluator
 
-    def preview(self, lora: PyTree | None, split: Split) -> tuple[np.ndarray, list[str]]:
+    def preview(self, lora: Adapter | None, split: Split) -> tuple[np.ndarray, list[str]]:
         """Returns the first samples of a split, as many as make a batch, and their prompts."""
         rows = np.arange(min(self._batch_size, len(split.prompts)))
         images, _ = self._sample_batch(lora, split, rows, rows)
@@ -156,39 +158,33 @@ class Evaluator:
         )
         experiment = self.experiment
         lora = sharding.put(lora, sharding.replicated(experiment.mesh))
-        conditioning, inputs = _look_up(split.table, prompts)
+        encoded, reward_inputs = _look_up(split.table, prompts)
         images = self._sample(
             self._key,
             experiment.params,
             lora,
-            conditioning,
-            split.table.uncond,
+            encoded,
+            split.table.negative,
             prompts,
             samples,
             lora_timesteps,
         )
-        return images, inputs
+        return images, reward_inputs
 
     def _sample_rows(
-        self, key, params, lora, conditioning, uncond, prompts, samples, lora_timesteps
+        self, key, params, adapter, encoded, negative, prompts, samples, adapter_timesteps
     ):
+        chain = self.experiment.chain
+
         def draw(prompt, sample):
-            noise_key, sampler_key = jax.random.split(
+            start_key, chain_key = jax.random.split(
                 jax.random.fold_in(jax.random.fold_in(key, prompt), sample)
             )
-            latent_shape = self.experiment.sd.latent_shape
-            return jax.random.normal(noise_key, latent_shape), sampler_key
+            return chain.generator.start(start_key), chain_key
 
-        latents, sampler_keys = jax.vmap(draw)(prompts, samples)
-        return self.experiment.sample(
-            params,
-            lora,
-            latents,
-            conditioning,
-            uncond,
-            sampler_keys,
-            lora_timesteps=lora_timesteps,
-        )
+        start, keys = jax.vmap(draw)(prompts, samples)
+        inputs = Inputs(start, encoded, negative, keys)
+        return chain.sample(params, adapter, inputs, adapter_timesteps=adapter_timesteps)
 
 
 def make_evaluator(config: ConfigDict, experiment: Experiment) -> Evaluator:

@@ -4,8 +4,8 @@ import json
 
 import jax
 import numpy as np
-from jaxtyping import PyTree
 
+from alignprop_jax.core.generator import Adapter
 from alignprop_jax.devices.distributed import from_main, is_main
 from alignprop_jax.evaluation.evaluator import Evaluator
 from alignprop_jax.experiment import TRAIN, Split
@@ -18,7 +18,7 @@ _NUM_SAMPLES = 64
 
 
 def standardize_parts(
-    evaluator: Evaluator, workdir: Workdir, lora: PyTree | None = None
+    evaluator: Evaluator, workdir: Workdir, lora: Adapter | None = None
 ) -> Evaluator:
     """Returns an evaluator whose experiment has the parts of its reward standardised.
 
@@ -26,8 +26,8 @@ def standardize_parts(
     evaluated, by the scale it began with. A reward of one part is left as it is.
 
     Args:
-        lora: factors or changes such as will be evaluated, whose program then samples the untrained
-            model, too, with zeros in their place; None compiles one without.
+        lora: an adapter such as will be evaluated, whose program then samples the untrained model,
+            too, with zeros in its place; None compiles one without.
     """
     names = list(evaluator.experiment.reward.parts)
     if not names:
@@ -41,7 +41,7 @@ def standardize_parts(
     return evaluator.standardized({name: tuple(known[name]) for name in names})
 
 
-def _measure(evaluator: Evaluator, lora: PyTree | None) -> Statistics:
+def _measure(evaluator: Evaluator, lora: Adapter | None) -> Statistics:
     split: Split = evaluator.experiment.splits[TRAIN]
     nothing = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), lora)
     scores = evaluator.evaluate(nothing, split, description="scale of rewards", limit=_NUM_SAMPLES)

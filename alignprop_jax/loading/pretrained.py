@@ -9,9 +9,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from alignprop_jax.diffusion.schedulers import DDIMScheduler
-from alignprop_jax.diffusion.stable_diffusion import TEXT_ENCODERS, StableDiffusion
 from alignprop_jax.errors import UserError
+from alignprop_jax.generators.stable_diffusion.generator import TEXT_ENCODERS, StableDiffusion
 from alignprop_jax.loading import hub
 from alignprop_jax.loading.single_file import SUFFIXES, SingleFileSource
 from alignprop_jax.loading.sources import FolderSource, ModelSource
@@ -27,6 +26,7 @@ from alignprop_jax.models.execution import Execution
 from alignprop_jax.models.owlvit import OwlViT, OwlViTConfig
 from alignprop_jax.models.unet import NUM_TIME_IDS, UNet, UNetConfig
 from alignprop_jax.models.vae import AutoencoderKL, VAEConfig
+from alignprop_jax.processes.ddim import DDIMScheduler
 
 ASSETS = Path(__file__).parents[1] / "assets"
 EMOJI = "emoji"

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from absl import flags
 
 from alignprop_jax.errors import UserError
-from alignprop_jax.lora.factors import LoraTree, mix_loras
+from alignprop_jax.lora.adapters import Factors
 from alignprop_jax.lora.files import load_lora
 
 BASE_MODEL = "none"
@@ -56,7 +56,7 @@ class LoraMix:
     def _adapted(self) -> bool:
         return self.files not in ((), (BASE_MODEL,))
 
-    def load(self, unet_params: Mapping[str, Any]) -> LoraTree | None:
+    def load(self, unet_params: Mapping[str, Any]) -> Factors | None:
         """Reads the files; returns factors with their scale folded in, None for the base model.
 
         Raises:
@@ -64,8 +64,8 @@ class LoraMix:
         """
         if not self._adapted:
             return None
-        loras = [load_lora(file, unet_params)[0] for file in self.files]
-        return loras[0] if self.mix is None else mix_loras(self.mix, *loras)
+        loras = [Factors(load_lora(file, unet_params)[0]) for file in self.files]
+        return loras[0] if self.mix is None else loras[0].mixed(self.mix, *loras[1:])
 
     def __str__(self) -> str:
         if not self._adapted:

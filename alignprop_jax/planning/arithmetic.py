@@ -10,7 +10,7 @@ from typing import Any
 
 from jax.extend import core
 
-from alignprop_jax.diffusion.jaxprs import inner_jaxprs
+from alignprop_jax.core.jaxprs import inner_jaxprs
 
 
 @dataclasses.dataclass(frozen=True)

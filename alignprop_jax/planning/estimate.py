@@ -15,8 +15,6 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from alignprop_jax.algorithms.presets import WITHOUT_REWARD_GRADIENT
-from alignprop_jax.config import gradient_path
 from alignprop_jax.devices import sharding
 from alignprop_jax.experiment import Experiment, load_experiment
 from alignprop_jax.loading.shapes_only import shapes_only
@@ -24,10 +22,7 @@ from alignprop_jax.planning.arithmetic import Arithmetic, count
 from alignprop_jax.planning.compiler import Compiled, compile_layout, compile_whole, dump_to
 from alignprop_jax.planning.hlo_cycles import ProgramCost, program_cost
 from alignprop_jax.planning.topology import Topology
-from alignprop_jax.train_steps import create_state, frozen_arguments, trace_train_step
-
-# Draws of the trained steps whose mean is what a step costs.
-_NUM_DRAWS = 1000
+from alignprop_jax.train_steps import create_state, frozen_of, trace_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,14 +142,13 @@ def _estimate(
     with shapes_only():
         state = create_state(config, experiment)
         traced = trace_train_step(config, experiment, state)
-        unet, reward, prompts = frozen_arguments(experiment)
-    share_of = make_share(config)
+    frozen = frozen_of(experiment)
+    share_of = make_share(experiment)
     began = time.perf_counter()
     memory = {
-        "unet": bytes_a_device(unet["unet"]),
-        "vae": bytes_a_device(unet["vae"]),
-        "reward": bytes_a_device(reward),
-        "prompts": bytes_a_device(prompts),
+        **{name: bytes_a_device(weights) for name, weights in frozen.params.items()},
+        "reward": bytes_a_device(frozen.reward_params),
+        "prompts": bytes_a_device(frozen.prompts),
         "lora_and_optimizer": bytes_a_device(state),
     }
     compiled = compile_(traced)
@@ -186,17 +180,11 @@ def bytes_a_device(tree: Any) -> int:
     return sum(map(size, jax.tree.leaves(tree)))
 
 
-def make_share(config: ConfigDict) -> Callable[[str], float]:
+def make_share(experiment: Experiment) -> Callable[[str], float]:
     """Returns from a conditional's name to how often the costlier branch is run, in the mean.
 
     The conditionals are the gates of denoising steps: in the backward pass, whether a step is
     trained; in the forward pass, whether it is run at all.
     """
-    if config.algorithm in WITHOUT_REWARD_GRADIENT:
-        return lambda name: 1.0
-    path, num_steps = gradient_path(config), config.sampler.num_steps
-    keys = jax.random.split(jax.random.key(0), _NUM_DRAWS)
-    draw = jax.jit(jax.vmap(lambda key: path.draw(key, num_steps)))(keys)
-    trained = float(draw.trained.sum(1).mean() + path.renoise) / (num_steps + path.renoise)
-    run = 1.0 if draw.stop is None else float((draw.stop + 1).mean()) / num_steps
+    trained, run = experiment.algorithm.open_gates(experiment.chain.num_steps)
     return lambda name: trained if "transpose" in name else run

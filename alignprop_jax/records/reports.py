@@ -8,7 +8,7 @@ from alignprop_jax.devices.distributed import on_main
 from alignprop_jax.evaluation.evaluator import Evaluation, Evaluator, summarize
 from alignprop_jax.evaluation.judges import Scorer
 from alignprop_jax.experiment import TRAIN, Split
-from alignprop_jax.lora.factors import scale_lora
+from alignprop_jax.lora.adapters import Adaptation
 from alignprop_jax.records.dashboards import Dashboard
 from alignprop_jax.records.images import columns_for, make_comparison, make_grid
 from alignprop_jax.records.workdir import Workdir
@@ -26,23 +26,23 @@ class Reports:
         dashboards: list[Dashboard],
         evaluator: Evaluator,
         splits: dict[str, Split],
-        lora_scale: float,
+        adaptation: Adaptation,
         judges: dict[str, Scorer],
     ):
         self._workdir = workdir
         self._dashboards = dashboards
         self._evaluator = evaluator
         self._splits = splits
-        self._lora_scale = lora_scale
+        self._adaptation = adaptation
         self._judges = judges
 
     def evaluate(self, step: int, lora: PyTree, when: str) -> dict[str, Evaluation]:
         """Evaluates every split and records it under the step; `when` names the pictures."""
-        scaled = scale_lora(lora, self._lora_scale)
+        adapter = self._adaptation.bind(lora)
         evaluations = {}
         for name, split in self._splits.items():
             description = f"{name} prompts {when}"
-            evaluation = self._evaluator.evaluate(scaled, split, self._judges, description)
+            evaluation = self._evaluator.evaluate(adapter, split, self._judges, description)
             self._record(step, name, evaluation, f"{name}_{when}")
             evaluations[name] = evaluation
         return evaluations
@@ -71,8 +71,8 @@ class Reports:
 
     def preview(self, step: int, lora: PyTree) -> None:
         """Draws a batch of training prompts."""
-        scaled = scale_lora(lora, self._lora_scale)
-        images, prompts = self._evaluator.preview(scaled, self._splits[TRAIN])
+        adapter = self._adaptation.bind(lora)
+        images, prompts = self._evaluator.preview(adapter, self._splits[TRAIN])
         grid = make_grid(images, prompts, columns_for(len(prompts)))
         self._picture(step, f"preview_{step:06d}", "preview", grid)
 

@@ -21,7 +21,7 @@ def save_trained(
 
     After a full fine-tuning it writes the UNet, as it stands in a folder of diffusers.
     """
-    lora, unet_params = sharding.gather(state.lora), experiment.params["unet"]
+    lora, unet_params = sharding.gather(state.lora), experiment.weights
     if not config.lora.rank:
         unet_params = sharding.gather(unet_params)
     if not is_main():
@@ -36,5 +36,5 @@ def save_trained(
         return
     alpha = config.lora.alpha
     save_lora(workdir.lora, lora, alpha, metadata)
-    prediction_type = experiment.sd.scheduler.prediction_type
+    prediction_type = experiment.generator.scheduler.prediction_type
     save_kohya_lora(workdir.kohya_lora, lora, alpha, unet_params, prediction_type, metadata)

@@ -15,7 +15,7 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from alignprop_jax.devices.compilation import enable_compilation_cache
-from alignprop_jax.diffusion.schedulers import DDIMScheduler
+from alignprop_jax.processes.ddim import DDIMScheduler
 from alignprop_jax.errors import run_program
 from alignprop_jax.loading.pretrained import initial_params, load_component
 from alignprop_jax.loading.tokenizer import load_tokenizer, tokenize

@@ -12,8 +12,8 @@ from flax.traverse_util import flatten_dict
 from alignprop_jax.algorithms.presets import PRESETS, WITHOUT_REWARD_GRADIENT, use_algorithm
 from alignprop_jax.config import default_config, gradient_path, validate
 from alignprop_jax.diffusion.sampling import make_sampler
-from alignprop_jax.diffusion.schedulers import DDIMScheduler
-from alignprop_jax.diffusion.stable_diffusion import Conditioning
+from alignprop_jax.processes.ddim import DDIMScheduler
+from alignprop_jax.generators.stable_diffusion.generator import Conditioning
 from tests.torch_gradients import (
     assert_close_gradients,
     build_both_sides,

@@ -10,13 +10,13 @@ import pytest
 
 from alignprop_jax.algorithms.accumulation import accumulate_gradients
 from alignprop_jax.algorithms.alignprop import make_train_step
-from alignprop_jax.algorithms.batches import PromptTable
+from alignprop_jax.algorithms.base import PromptTable
 from alignprop_jax.algorithms.losses import make_loss
 from alignprop_jax.algorithms.optimizer import make_optimizer
 from alignprop_jax.algorithms.prompt_order import prompt_indices
 from alignprop_jax.algorithms.state import create_train_state
-from alignprop_jax.diffusion.gradient_path import StepDraw
-from alignprop_jax.diffusion.stable_diffusion import Conditioning
+from alignprop_jax.core.gradient_path import StepDraw
+from alignprop_jax.generators.stable_diffusion.generator import Conditioning
 from alignprop_jax.errors import UserError
 from alignprop_jax.rewards.base import Reward, no_prompt_inputs
 

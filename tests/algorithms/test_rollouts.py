@@ -11,15 +11,15 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file
 
 from alignprop_jax.algorithms.advantages import PromptHistory
-from alignprop_jax.algorithms.batches import PromptTable
+from alignprop_jax.algorithms.base import PromptTable
 from alignprop_jax.algorithms.ddpo import make_ddpo_fit
 from alignprop_jax.algorithms.presets import use_algorithm
 from alignprop_jax.algorithms.rollouts import Rollouts
 from alignprop_jax.algorithms.rwr import make_rwr_fit
 from alignprop_jax.config import load_config
 from alignprop_jax.diffusion.sampling import make_denoiser, make_sampler
-from alignprop_jax.diffusion.schedulers import DDIMScheduler
-from alignprop_jax.diffusion.stable_diffusion import Conditioning
+from alignprop_jax.processes.ddim import DDIMScheduler
+from alignprop_jax.generators.stable_diffusion.generator import Conditioning
 from alignprop_jax.train import train
 from tests import nano_run
 from tests.torch_gradients import (

@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from alignprop_jax.diffusion.gradient_path import GradientPath
-from alignprop_jax.diffusion.truncation import Truncation
+from alignprop_jax.core.gradient_path import GradientPath
+from alignprop_jax.core.truncation import Truncation
 from alignprop_jax.errors import UserError
 
 DRAWS = 4000

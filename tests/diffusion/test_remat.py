@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 from alignprop_jax.devices import sharding
-from alignprop_jax.diffusion.jaxprs import inner_jaxprs
-from alignprop_jax.diffusion.remat import bytes_kept_of, choose_remat, device_memory
+from alignprop_jax.core.jaxprs import inner_jaxprs
+from alignprop_jax.core.remat import bytes_kept_of, choose_remat, device_memory
 from alignprop_jax.diffusion.sampling import make_sampler
 from alignprop_jax.experiment import encode
 from alignprop_jax.loading.pretrained import load_stable_diffusion

@@ -10,8 +10,8 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from alignprop_jax.diffusion.sampling import gate_gradient, make_sampler
-from alignprop_jax.diffusion.schedulers import DDIMScheduler
-from alignprop_jax.diffusion.stable_diffusion import decode_latents
+from alignprop_jax.processes.ddim import DDIMScheduler
+from alignprop_jax.generators.stable_diffusion.generator import decode_latents
 from alignprop_jax.errors import UserError
 from alignprop_jax.loading.pretrained import load_stable_diffusion
 from alignprop_jax.models.execution import Execution

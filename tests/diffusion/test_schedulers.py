@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from alignprop_jax.diffusion.schedulers import DDIMScheduler
+from alignprop_jax.processes.ddim import DDIMScheduler
 from alignprop_jax.errors import UserError
 
 NUM_TRAIN = 200

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from alignprop_jax.diffusion.truncation import Truncation, first_trained_step
+from alignprop_jax.core.truncation import Truncation, first_trained_step
 from alignprop_jax.errors import UserError
 
 DRAWS = 4000

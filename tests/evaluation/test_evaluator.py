@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignprop_jax.algorithms.batches import PromptTable
+from alignprop_jax.algorithms.base import PromptTable
 from alignprop_jax.config import default_config
 from alignprop_jax.devices import sharding
-from alignprop_jax.diffusion.stable_diffusion import Conditioning
+from alignprop_jax.generators.stable_diffusion.generator import Conditioning
 from alignprop_jax.evaluation.evaluator import Evaluation, Evaluator, make_judges, summarize
 from alignprop_jax.experiment import Experiment, Split
 from alignprop_jax.rewards import Reward

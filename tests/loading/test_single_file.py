@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from safetensors.torch import save_file
 
-from alignprop_jax.diffusion.schedulers import DDIMScheduler
-from alignprop_jax.diffusion.stable_diffusion import apply_unet, encode_prompts
+from alignprop_jax.processes.ddim import DDIMScheduler
+from alignprop_jax.generators.stable_diffusion.generator import apply_unet, encode_prompts
 from alignprop_jax.errors import UserError
 from alignprop_jax.loading import hub
 from alignprop_jax.loading.pretrained import load_stable_diffusion, open_model

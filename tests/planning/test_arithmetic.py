@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from alignprop_jax.diffusion.sampling import gate_gradient
+from alignprop_jax.core.gate import gate_gradient
 from alignprop_jax.loading.pretrained import abstract_params
 from alignprop_jax.models import attention_functions, saved_names
 from alignprop_jax.models.unet import UNet, UNetConfig

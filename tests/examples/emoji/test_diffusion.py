@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignprop_jax.diffusion.schedulers import DDIMScheduler
+from alignprop_jax.processes.ddim import DDIMScheduler
 from examples.emoji.diffusion import make_diffusion_loss, make_latent_batches
 from examples.emoji.export import scheduler_config
 

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 
 from alignprop_jax.diffusion.sampling import make_sampler
-from alignprop_jax.diffusion.stable_diffusion import encode_prompts
+from alignprop_jax.generators.stable_diffusion.generator import encode_prompts
 from alignprop_jax.loading.pretrained import abstract_params, load_component, load_stable_diffusion
 from alignprop_jax.loading.tokenizer import load_tokenizer, tokenize
 from alignprop_jax.models.clip import CLIPConfig, CLIPModel

@@ -1,6 +1,5 @@
 """What is kept of the denoising steps for the backward pass, chosen by the memory there is."""
 
-import dataclasses
 import math
 import os
 from typing import Any
@@ -8,11 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 
-from alignprop_jax.diffusion.jaxprs import inner_jaxprs
-from alignprop_jax.diffusion.stable_diffusion import Conditioning, StableDiffusion, apply_unet
+from alignprop_jax.core.generator import Generator, Weights
+from alignprop_jax.core.jaxprs import inner_jaxprs
 from alignprop_jax.models import saved_names
-from alignprop_jax.models.attention_functions import attend_in_blocks
 
 # Of a device's memory, what activations may take.
 _SHARE = 0.5
@@ -43,23 +42,21 @@ def choose_remat(bytes_kept: float, num_kept: int, trained_steps: float, memory:
     return "step" if bytes_kept * _ALL_ACTIVATIONS <= _SHARE * memory else "block"
 
 
-def bytes_kept_of(sd: StableDiffusion, params: Any, prompt: Conditioning) -> int:
-    """What "partial" keeps of one image and prompt at one step.
+def bytes_kept_of(generator: Generator, weights: Weights, prompt: PyTree) -> int:
+    """What "partial" keeps of one sample and prompt at one step.
 
     Args:
-        params: of the UNet, or their shapes.
-        prompt: a single one.
+        generator: on one device, see `Generator.on_one_device`.
+        weights: of its network, or their shapes.
+        prompt: a single one, encoded.
     """
 
-    # What is kept does not depend on how attention is computed, and one image on no device's share.
-    execution = dataclasses.replace(sd.unet.execution, attend=attend_in_blocks)
-    sd = dataclasses.replace(sd, unet=sd.unet.clone(execution=execution))
+    def evaluate(weights, prompt):
+        state = jax.tree.map(lambda x: x[None], generator.start(jax.random.key(0)))
+        at = jax.tree.map(lambda x: jnp.asarray(x[0]), generator.schedule(1))
+        return generator.predict(weights, None, state, at, prompt)
 
-    def evaluate(params, latents, prompt):
-        return apply_unet(sd, {"params": params}, latents, jnp.int32(0), prompt)
-
-    latents = jax.ShapeDtypeStruct((1, *sd.latent_shape), jnp.float32)
-    return _bytes_of_names(jax.make_jaxpr(evaluate)(params, latents, prompt).jaxpr)
+    return _bytes_of_names(jax.make_jaxpr(evaluate)(weights, prompt).jaxpr)
 
 
 def device_memory(mesh: Mesh) -> int | None:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Key
 
-from alignprop_jax.diffusion.truncation import Truncation
+from alignprop_jax.core.truncation import Truncation
 from alignprop_jax.errors import UserError
 
 REWARD_AT = ("sample", "prediction")
@@ -19,7 +19,7 @@ _STRATEGIES_OF_EARLY_STOPS = ("last", "spaced")
 class StepDraw(NamedTuple):
     """What one update draws for its samples."""
 
-    trained: Bool[Array, " t"]  # at which steps the gradient enters the UNet
+    trained: Bool[Array, " t"]  # at which steps the gradient enters the network
     stop: Int[Array, ""] | None  # the last step that is run; None for all
 
 

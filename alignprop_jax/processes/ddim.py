@@ -194,6 +194,12 @@ class DDIMScheduler:
             *(x.astype(np.float32) for x in (alpha_bar, alpha_bar_prev, sigma, direction)),
         )
 
+    def at(self, timesteps: Int[Array, "*b"]) -> SamplerSteps:
+        """The constants of steps from any timesteps to the clean sample."""
+        alpha_bar = jnp.asarray(self.alpha_bar)[timesteps]
+        zeros = jnp.zeros_like(alpha_bar)
+        return SamplerSteps(timesteps, alpha_bar, jnp.ones_like(alpha_bar), zeros, zeros)
+
     def _timesteps(self, num_steps: int) -> np.ndarray:
         """Which timesteps are visited, in descending order: table 2 of arXiv 2305.08891."""
         total = self.num_train_timesteps

@@ -1,1 +1,0 @@
-"""Latent diffusion: the models together, the noise schedule, the sampler and its gradient."""

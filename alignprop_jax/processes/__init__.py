@@ -1,0 +1,1 @@
+"""Formulas of one step of a process, and of its probability; no networks."""
