@@ -21,7 +21,7 @@ from alignprop_jax.algorithms.presets import (
 )
 from alignprop_jax.core.gate import REMAT_POLICIES
 from alignprop_jax.core.gradient_path import REWARD_AT, GradientPath
-from alignprop_jax.core.truncation import STRATEGIES, Truncation
+from alignprop_jax.core.truncation import STRATEGIES, make_truncation
 from alignprop_jax.devices.sharding import ATTENTION
 from alignprop_jax.errors import UserError
 
@@ -190,7 +190,7 @@ def default_config() -> ConfigDict:
 
 def gradient_path(config: ConfigDict) -> GradientPath:
     """Returns the way of the gradient that the config describes."""
-    return GradientPath(Truncation(**config.truncation), **config.gradient)
+    return GradientPath(make_truncation(**config.truncation), **config.gradient)
 
 
 def lora_scale(config: ConfigDict) -> float:

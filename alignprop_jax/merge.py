@@ -64,7 +64,7 @@ def merge(model: str, lora: LoraMix, output: Path, dtype: str = _SOURCE) -> None
     files = list(_files_to_write(source, dtype))
     try:
         with _whole_or_not_at_all(output) as partial:
-            _write(source, files, partial, _changes(factors), dtype)
+            _write(source, files, partial, _changes(factors.tree), dtype)
     except OSError as error:
         raise UserError(f"--output={output} cannot be written ({error.strerror})") from error
 

@@ -18,6 +18,7 @@ from alignprop_jax.config import load_config
 from alignprop_jax.devices import sharding
 from alignprop_jax.devices.cpu_devices import use_cores
 from alignprop_jax.experiment import load_experiment
+from alignprop_jax.settings import at_a_time
 from alignprop_jax.train import compile_train_step
 from alignprop_jax.train_steps import create_state
 
@@ -33,7 +34,7 @@ def main(config_file: str, output: Path, algorithm: str, meshes: Sequence[str]) 
     """
     config = load_config(config_file)
     use_algorithm(config, algorithm)
-    use_cores(config)
+    use_cores(*at_a_time(config))
     config.train.batch_size = 16
     config.train.microbatch_size = 8
     config.sampler.eta = 1.0

@@ -34,8 +34,8 @@ def make_state(step=0, rank=2):
 
 
 def fingerprint(model="emoji", rank=2, weight=1.0, alpha=4.0):
-    unet = {layer: {"kernel": jnp.full((3, 3, 4, 4), weight)} for layer in ("conv_in", "conv_out")}
-    return make_fingerprint(model, "float32", unet, make_lora(rank), alpha)
+    weights = [jnp.full((3, 3, 4, 4), weight)] * 2
+    return make_fingerprint(model, "float32", weights, make_lora(rank), alpha)
 
 
 def save(folder, *steps, keep=2, **kwargs):

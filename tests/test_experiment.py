@@ -49,7 +49,7 @@ def test_reward_inputs_are_the_models_tokens(loaded):
 
 def test_the_text_encoder_is_not_kept(loaded):
     assert loaded.params.keys() == {"unet", "vae"}
-    assert loaded.sd.image_shape == (8, 8, 3)
+    assert loaded.generator.sample_shape == (8, 8, 3)
 
 
 def test_keys_of_a_seed_differ():

@@ -12,10 +12,10 @@ import jax
 import numpy as np
 import pytest
 
-from alignprop_jax.diffusion.sampling import make_sampler
-from alignprop_jax.experiment import encode
+from alignprop_jax.generators.stable_diffusion.prompts import encode
 from alignprop_jax.loading.pretrained import load_stable_diffusion
 from alignprop_jax.lora.factors import count_parameters
+from tests.chains import make_sample
 from tests.parity import to_nhwc
 
 pytestmark = pytest.mark.full_size
@@ -82,7 +82,7 @@ def test_text_encoders(loaded):
 def test_guided_sample(loaded):
     reference, sd, params, tokenizers, arrays = loaded
     encoded = encode(sd, params, tokenizers, [reference.NEGATIVE, *reference.PROMPTS])
-    sample = jax.jit(make_sampler(sd, reference.NUM_STEPS, reference.GUIDANCE))
+    sample = jax.jit(make_sample(sd, reference.NUM_STEPS, reference.GUIDANCE))
     frozen = {"unet": params["unet"], "vae": params["vae"]}
     images = sample(
         frozen, None, to_nhwc(arrays["latents"]), encoded[1:], encoded[:1], jax.random.key(0)

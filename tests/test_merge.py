@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from alignprop_jax.diffusion.sampling import make_sampler
 from alignprop_jax.errors import UserError
-from alignprop_jax.experiment import encode
+from alignprop_jax.generators.stable_diffusion.prompts import encode
 from alignprop_jax.loading.pretrained import load_stable_diffusion
 from alignprop_jax.lora.files import load_lora
 from alignprop_jax.lora.mixing import LoraMix
 from alignprop_jax.merge import merge
 from tests import torch_pipeline
+from tests.chains import make_sample
 from tests.parity import QUICK_COMPILATION
 from tests.random_lora import save_random_lora
 from tests.torch_pipeline import diffusers, torch
@@ -41,7 +41,7 @@ def test_diffusers_draws_the_same_from_the_merged_folder(kind, tmp_path):
     sd, params, tokenizers = load_stable_diffusion(tmp_path / "model")
     encoded = encode(sd, params, tokenizers, ["", *PROMPTS])
     latents = np.random.default_rng(0).standard_normal((2, 8, 8, 4)).astype(np.float32)
-    sample = jax.jit(make_sampler(sd, 3, 4.0), compiler_options=QUICK_COMPILATION)
+    sample = jax.jit(make_sample(sd, 3, 4.0), compiler_options=QUICK_COMPILATION)
     factors, _ = load_lora(lora, params["unet"])
     frozen = {"unet": params["unet"], "vae": params["vae"]}
     noise = (latents, encoded[1:], encoded[:1], jax.random.key(0))

@@ -7,13 +7,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Key
 
-from alignprop_jax.core.truncation import Truncation
+from alignprop_jax.core.truncation import STRATEGIES, Spaced, Truncation
 from alignprop_jax.errors import UserError
 
 REWARD_AT = ("sample", "prediction")
-
-# The strategies that train steps wherever sampling stops; the others may draw none that is run.
-_STRATEGIES_OF_EARLY_STOPS = ("last", "spaced")
 
 
 class StepDraw(NamedTuple):
@@ -31,7 +28,7 @@ class GradientPath:
         truncation: which steps are trained.
         detach_input: the denoiser's input is a constant to the gradient, which then reaches the
             factors by each trained step's own output, and crosses steps by the linear term of
-            DDIM alone (DRTune, arXiv 2405.00760).
+            the process alone (DRTune, arXiv 2405.00760).
         reward_at: what the reward sees:
             "sample", the sampled image;
             "prediction", the image predicted at a random late step, where sampling stops (ReFL,
@@ -69,15 +66,18 @@ class GradientPath:
                 "before there is a sample to noise again; set gradient.renoise to 0, or "
                 "gradient.reward_at to sample"
             )
-        strategy = self.truncation.strategy
-        if strategy not in _STRATEGIES_OF_EARLY_STOPS:
+        if not self.truncation.follows_stops:
+            names = {strategy: name for name, strategy in STRATEGIES.items()}
+            suitable = [name for name, strategy in STRATEGIES.items() if strategy.follows_stops]
             raise UserError(
-                f"truncation.strategy is {strategy!r}, which draws from all {num_steps} steps, but "
-                "gradient.reward_at 'prediction' does not run them all; set truncation.strategy to "
-                f"{' or '.join(_STRATEGIES_OF_EARLY_STOPS)}, or gradient.reward_at to sample"
+                f"truncation.strategy is {names[type(self.truncation)]!r}, which draws from all "
+                f"{num_steps} steps, but gradient.reward_at 'prediction' does not run them all; "
+                f"set truncation.strategy to {' or '.join(suitable)}, or gradient.reward_at to "
+                "sample"
             )
         earliest = num_steps - self._num_stops(num_steps)
-        if strategy == "spaced" and self.truncation.latest_phase(num_steps) > earliest:
+        spaced = isinstance(self.truncation, Spaced)
+        if spaced and self.truncation.latest_phase(num_steps) > earliest:
             raise UserError(
                 f"truncation.k is {self.truncation.k}: the first of so many spaced steps may be "
                 f"step {self.truncation.latest_phase(num_steps)}, but with gradient.stop_share "

@@ -11,9 +11,12 @@ from flax.traverse_util import flatten_dict
 
 from alignprop_jax.algorithms.presets import PRESETS, WITHOUT_REWARD_GRADIENT, use_algorithm
 from alignprop_jax.config import default_config, gradient_path, validate
-from alignprop_jax.diffusion.sampling import make_sampler
+from alignprop_jax.generators.stable_diffusion.generator import (
+    Conditioning,
+    StableDiffusion,
+)
 from alignprop_jax.processes.ddim import DDIMScheduler
-from alignprop_jax.generators.stable_diffusion.generator import Conditioning
+from tests.chains import make_sample
 from tests.torch_gradients import (
     assert_close_gradients,
     build_both_sides,
@@ -146,15 +149,16 @@ def draw_with(path, condition):
 
 
 @functools.cache
-def compiled_gradient(detach_input, renoise, stops, remat):
+def compiled_gradient(detach_input, method, copies, remat):
     """The gradient of the linear reward by the sampler; the draw is data to it."""
 
     @functools.partial(jax.jit, static_argnums=0)
     def gradient(static, params, lora, latents, context, uncond, keys, draw):
-        sample = make_sampler(static, NUM_STEPS, GUIDANCE, 0.0, remat, detach_input)
+        sample = make_sample(static, NUM_STEPS, GUIDANCE, remat=remat, detach_input=detach_input)
 
         def reward(lora):
-            images = sample(params, lora, latents, context, uncond, keys, *draw, renoise=renoise)
+            inputs = (latents, context, uncond, keys)
+            images = sample(params, lora, *inputs, *draw, *copies, method=method)
             return jnp.sum(images * cotangent(images)), images
 
         return jax.grad(reward, has_aux=True)(lora)
@@ -163,8 +167,16 @@ def compiled_gradient(detach_input, renoise, stops, remat):
 
 
 def gradient_by_the_sampler(setting, path, draw, remat="step"):
-    gradient = compiled_gradient(path.detach_input, path.renoise, draw.stop is not None, remat)
-    return gradient(setting.sd, *setting[4:], draw)
+    method, copies = method_of(path, draw)
+    gradient = compiled_gradient(path.detach_input, method, copies, remat)
+    return gradient(setting.sd, *setting[4:], jax.tree.leaves(draw))
+
+
+def method_of(path, draw):
+    """How the chain is run for a path, and with what besides the draw."""
+    if draw.stop is not None:
+        return "sample_until", ()
+    return ("sample_with_copies", (path.renoise,)) if path.renoise else ("sample", ())
 
 
 @pytest.mark.parametrize(
@@ -206,6 +218,8 @@ def test_gradient_is_the_papers(setting, by_the_paper, overrides, condition):
 class CountingUNet:
     """Halves its input times a factor, and counts its evaluations both ways."""
 
+    config = SimpleNamespace(channels=(1,))
+
     def __init__(self):
         self.counts = {"forward": 0, "backward": 0}
 
@@ -235,10 +249,11 @@ def test_what_is_neither_run_nor_trained_costs_nothing(algorithm, remat):
     path = path_of(algorithm, num_steps)
     unet = CountingUNet()
     vae = SimpleNamespace(
-        config=SimpleNamespace(scaling_factor=1.0), apply=lambda variables, z, method: 0.1 * z
+        config=SimpleNamespace(scaling_factor=1.0, downscale=1),
+        apply=lambda variables, z, method: 0.1 * z,
     )
-    sd = SimpleNamespace(unet=unet, vae=vae, scheduler=DDIMScheduler(clip_sample=False))
-    sample = make_sampler(sd, num_steps, 1.0, remat=remat, detach_input=path.detach_input)
+    sd = StableDiffusion(unet, vae, (), DDIMScheduler(clip_sample=False))
+    sample = make_sample(sd, num_steps, remat=remat, detach_input=path.detach_input)
     latents = jax.random.normal(jax.random.key(0), (1, 2, 2, 4))
     prompts = Conditioning(jnp.zeros((1, 3, 4)))
     key, lora = jax.random.key(1), {"all": {"up": 0.7}}
@@ -247,9 +262,9 @@ def test_what_is_neither_run_nor_trained_costs_nothing(algorithm, remat):
     def gradient(lora, draw):
         def reward(lora):
             params = {"unet": {}, "vae": {}}
-            images = sample(
-                params, lora, latents, prompts, prompts, key, *draw, renoise=path.renoise
-            )
+            method, copies = method_of(path, draw)
+            inputs = (latents, prompts, prompts, key)
+            images = sample(params, lora, *inputs, *jax.tree.leaves(draw), *copies, method=method)
             return jnp.sum(images)
 
         return jax.grad(reward)(lora)

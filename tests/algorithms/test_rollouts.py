@@ -2,6 +2,7 @@
 
 import collections
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,16 +13,18 @@ from safetensors.numpy import load_file
 
 from alignprop_jax.algorithms.advantages import PromptHistory
 from alignprop_jax.algorithms.base import PromptTable
-from alignprop_jax.algorithms.ddpo import make_ddpo_fit
+from alignprop_jax.algorithms.ddpo import DDPO
 from alignprop_jax.algorithms.presets import use_algorithm
 from alignprop_jax.algorithms.rollouts import Rollouts
-from alignprop_jax.algorithms.rwr import make_rwr_fit
+from alignprop_jax.algorithms.rwr import RWR
 from alignprop_jax.config import load_config
-from alignprop_jax.diffusion.sampling import make_denoiser, make_sampler
+from alignprop_jax.core.chain import Chain
+from alignprop_jax.generators.stable_diffusion.generator import StableDiffusion
+from alignprop_jax.lora.adapters import Factors
 from alignprop_jax.processes.ddim import DDIMScheduler
-from alignprop_jax.generators.stable_diffusion.generator import Conditioning
 from alignprop_jax.train import train
 from tests import nano_run
+from tests.chains import make_sample
 from tests.torch_gradients import (
     assert_close_gradients,
     build_both_sides,
@@ -40,13 +43,18 @@ def setting(tmp_path_factory):
     both = build_both_sides(tmp_path_factory.mktemp("pipeline"), PROMPTS, NUM_STEPS)
     *model, latents, conditioning, uncond, keys = both
     sd, params, lora = model[3:]
-    sample = jax.jit(make_sampler(sd, NUM_STEPS, GUIDANCE, eta=1.0), static_argnames="keep_latents")
+    sample = jax.jit(make_sample(sd, NUM_STEPS, GUIDANCE, eta=1.0), static_argnames="method")
     arguments = (params, lora, latents, conditioning, uncond, keys)
-    trajectory = sample(*arguments, keep_latents=True)
-    np.testing.assert_allclose(trajectory.images, sample(*arguments), atol=1e-6)
-    np.testing.assert_array_equal(trajectory.latents[:, 0], latents)
+    trajectory = sample(*arguments, method="sample_trajectory")
+    np.testing.assert_allclose(trajectory.samples, sample(*arguments), atol=1e-6)
+    np.testing.assert_array_equal(trajectory.states[:, 0], latents)
     table = PromptTable(conditioning, uncond, np.zeros((len(PROMPTS), 0)))
     return *model, table, trajectory
+
+
+def chain_of(sd, guidance_scale):
+    """The chain that the trajectory is of."""
+    return Chain(sd, NUM_STEPS, sd.guidance(guidance_scale, shared=False), eta=1.0)
 
 
 def gaussians_of_peer(peer, eps, x, index):
@@ -61,7 +69,7 @@ def gaussians_of_peer(peer, eps, x, index):
 
 def test_log_probabilities_are_those_of_diffusers_steps(setting):
     peer, unet, _, _, _, _, table, trajectory = setting
-    latents = np.array(trajectory.latents)
+    latents = np.array(trajectory.states)
     for index in range(NUM_STEPS):
         x, x_prev = to_torch(latents[:, index]), to_torch(latents[:, index + 1])
         eps = guided(unet, peer, table, x, index)
@@ -71,8 +79,8 @@ def test_log_probabilities_are_those_of_diffusers_steps(setting):
 
 
 def guided(unet, peer, table, x, index):
-    negative = np.repeat(table.uncond.hidden_states, len(x), 0)
-    both = torch.from_numpy(np.concatenate([negative, table.conditioning.hidden_states]))
+    negative = np.repeat(table.negative.hidden_states, len(x), 0)
+    both = torch.from_numpy(np.concatenate([negative, table.encoded.hidden_states]))
     output = unet(torch.cat([x, x]), peer.scheduler.timesteps[index], both).sample
     unconditional, conditional = output.chunk(2)
     return unconditional + GUIDANCE * (conditional - unconditional)
@@ -94,20 +102,18 @@ def test_ddpo_descends_ppos_clipped_loss(setting):
     shifts = np.array([[0.02, 0.2, -0.2], [-0.02, -0.2, 0.2]], np.float32)
     advantages = np.array([1.5, -0.5], np.float32)
     old = np.asarray(trajectory.log_probs) + shifts
-    fit = make_ddpo_fit(
-        make_denoiser(sd, GUIDANCE), sd.scheduler, NUM_STEPS, 1.0, GUIDANCE, CLIP, max_advantage=5.0
-    )
-    rollouts = Rollouts(np.arange(2), None, trajectory.latents, old, advantages)
+    fit = DDPO(1, 1, 1, CLIP, max_advantage=5.0).fit(chain_of(sd, GUIDANCE))
+    rollouts = Rollouts(np.arange(2), None, trajectory.states, old, advantages)
 
     def objective(lora):
-        losses, extras = fit.loss(params, table, lora, fit.expand(rollouts, 0))
+        losses, extras = fit.loss(params, table, Factors(lora), fit.expand(rollouts, 0))
         return losses.mean(), extras
 
     (value, extras), gradient = jax.jit(jax.value_and_grad(objective, has_aux=True))(lora)
     np.testing.assert_array_equal(extras["clipped"], (np.abs(shifts) > CLIP).ravel())
 
     losses = []
-    latents = np.array(trajectory.latents)
+    latents = np.array(trajectory.states)
     for index in range(NUM_STEPS):
         x, x_prev = to_torch(latents[:, index]), to_torch(latents[:, index + 1])
         eps = guided(unet, peer, table, x, index)
@@ -140,15 +146,24 @@ def test_ddpos_gradient_is_that_of_the_expected_reward():
     number, steps = 200_000, jax.tree.map(jnp.asarray, scheduler.plan(4, eta=1.0))
     noise = jax.random.normal(jax.random.key(7), (5, number, 1, 1, 1))
 
-    def denoise(lora, x_t, constants):
+    def denoise(lora, x_t):
         return jnp.tanh(lora * x_t) + 0.3 * lora
+
+    class Toy(StableDiffusion):
+        """A network of one number, which the adapter is."""
+
+        def predict(self, weights, adapter, state, at, prompts):
+            return denoise(adapter, state)
+
+    vae = SimpleNamespace(config=SimpleNamespace(downscale=1))
+    toy = Toy(SimpleNamespace(config=SimpleNamespace(channels=(1,))), vae, (), scheduler)
 
     def walk(lora):
         """The latents, and each step's log-density."""
 
         def step(x_t, inputs):
             at, noise = inputs
-            output = denoise(lora, x_t, None)
+            output = denoise(lora, x_t)
             x_prev = scheduler.step(output, x_t, at, noise)
             log_probs = jax.vmap(scheduler.log_prob, (0, 0, 0, None))(output, x_t, x_prev, at)
             return x_prev, (x_prev, log_probs)
@@ -160,15 +175,15 @@ def test_ddpos_gradient_is_that_of_the_expected_reward():
     lora = jnp.float32(0.7)
     rewards, latents, log_probs = walk(lora)
     along_the_way = jax.grad(lambda lora: walk(lora)[0].mean())(lora)
-    fit = make_ddpo_fit(denoise, scheduler, 4, 1.0, 1.0, clip_range=1e-4, max_advantage=100.0)
+    chain = Chain(toy, 4, toy.guidance(1.0), eta=1.0)
+    fit = DDPO(1, 1, 1, clip_range=1e-4, max_advantage=100.0).fit(chain)
     zeros = np.zeros(number, np.int32)
     advantages = (rewards - rewards.mean()) / rewards.std()
     rollouts = Rollouts(zeros, None, latents, log_probs, advantages)
-    nothing = jnp.zeros((1, 1, 1))
-    table = PromptTable(Conditioning(nothing), Conditioning(nothing), np.zeros((1, 0)))
+    table = PromptTable(jnp.zeros(1), jnp.zeros(1), np.zeros((1, 0)))
 
     def objective(lora):
-        losses, _ = fit.loss({"unet": None}, table, lora, fit.expand(rollouts, 0))
+        losses, _ = fit.loss({"unet": jnp.zeros(())}, table, lora, fit.expand(rollouts, 0))
         return losses.mean()
 
     # The loss is a mean over the steps, of advantages in standard deviations.
@@ -177,27 +192,35 @@ def test_ddpos_gradient_is_that_of_the_expected_reward():
     np.testing.assert_allclose(by_scores, along_the_way, rtol=0.03)
 
 
+def draw_time_and_noise(key, shape):
+    """What the loss draws from the key of an example, by the definition in its docstring."""
+    time_key, noise_key = jax.random.split(key)
+    return jax.random.randint(time_key, (), 0, 1000), jax.random.normal(noise_key, shape)
+
+
 def test_rwr_descends_the_weighted_diffusion_loss(setting):
     peer, unet, factors, sd, params, lora, table, trajectory = setting
-    fit = make_rwr_fit(make_denoiser(sd, 1.0), sd.scheduler, temperature=0.5)
+    fit = RWR(1, 1, 1, temperature=0.5).fit(chain_of(sd, GUIDANCE))
     advantages = jnp.array([1.0, -1.0])
     weights = fit.weigh(advantages)
     np.testing.assert_allclose(weights, 2 * torch.tensor([2.0, -2.0]).softmax(0), rtol=1e-6)
     keys = jax.random.split(jax.random.key(9), 2)
-    rollouts = Rollouts(np.arange(2), keys, trajectory.latents, None, weights)
+    latents = trajectory.states[:, -1]
+    rollouts = Rollouts(np.arange(2), keys, trajectory.states, None, weights)
     examples, other = fit.expand(rollouts, 0), fit.expand(rollouts, 1)
-    assert (examples["timesteps"] != other["timesteps"]).all()
-    assert not np.allclose(examples["noise"], other["noise"])
+    assert not (jax.random.key_data(examples["keys"]) == jax.random.key_data(other["keys"])).any()
 
     def objective(lora):
-        losses, _ = fit.loss(params, table, lora, examples)
+        losses, _ = fit.loss(params, table, Factors(lora), examples)
         return losses.mean()
 
     value, gradient = jax.jit(jax.value_and_grad(objective))(lora)
-    x_0, noise = to_torch(examples["x_0"]), to_torch(examples["noise"])
-    timesteps = torch.from_numpy(np.array(examples["timesteps"]))
+    drawn = [draw_time_and_noise(key, latents.shape[1:]) for key in examples["keys"]]
+    timesteps = torch.tensor([int(timestep) for timestep, _ in drawn])
+    noise = to_torch(jnp.stack([noise for _, noise in drawn]))
+    x_0 = to_torch(latents)
     x_t = peer.scheduler.add_noise(x_0, noise, timesteps)
-    eps = unet(x_t, timesteps, torch.from_numpy(np.array(table.conditioning.hidden_states))).sample
+    eps = unet(x_t, timesteps, torch.from_numpy(np.array(table.encoded.hidden_states))).sample
     errors = torch.nn.functional.mse_loss(eps, noise, reduction="none").mean((1, 2, 3))
     loss = (torch.from_numpy(np.array(weights)) * errors).mean()
     for factor in factors.values():

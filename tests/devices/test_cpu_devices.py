@@ -6,17 +6,15 @@ import pytest
 
 from alignprop_jax.config import default_config
 from alignprop_jax.devices.cpu_devices import num_devices
+from alignprop_jax.settings import at_a_time
 
 COUNT = """
-from alignprop_jax.config import default_config
 from alignprop_jax.devices import cpu_devices
 import jax
 cpu_devices.cpu_flags = CPU.split
-config = default_config()
-config.train.batch_size = 4
-cpu_devices.use_cores(config)
+cpu_devices.use_cores(samples=4, fsdp=1)
 print(len(jax.devices()), os.environ["PJRT_NPROC"])
-cpu_devices.use_cores(config)
+cpu_devices.use_cores(samples=4, fsdp=1)
 """
 
 
@@ -28,13 +26,13 @@ def test_the_images_in_memory_divide_among_the_devices(batch, microbatch, fsdp, 
     config = default_config()
     config.train.batch_size, config.train.microbatch_size = batch, microbatch
     config.mesh.fsdp = fsdp
-    assert num_devices(config, cores) == expected
+    assert num_devices(*at_a_time(config), cores) == expected
 
 
 def test_ddpo_s_minibatches_do_too():
     config = default_config()
     config.algorithm, config.train.batch_size, config.rollouts.minibatches = "ddpo", 8, 4
-    assert num_devices(config, 8) == 2
+    assert num_devices(*at_a_time(config), 8) == 2
 
 
 @pytest.mark.parametrize(
@@ -67,10 +65,11 @@ from alignprop_jax.config import load_config
 from alignprop_jax.devices.cpu_devices import use_cores
 from alignprop_jax.evaluation.evaluator import make_evaluator
 from alignprop_jax.experiment import UNSEEN, load_experiment
+from alignprop_jax.settings import at_a_time
 
 config = load_config("configs/emoji.py:jpeg_compress")
 config.reward = "jpeg_compress"
-use_cores(config)
+use_cores(*at_a_time(config))
 evaluator = make_evaluator(config, load_experiment(config))
 split = evaluator.experiment.splits[UNSEEN]
 first, *others = (evaluator.evaluate(None, split, limit=16).scores["reward"] for _ in range(12))

@@ -8,7 +8,6 @@ import pytest
 from alignprop_jax.algorithms.base import PromptTable
 from alignprop_jax.config import default_config
 from alignprop_jax.devices import sharding
-from alignprop_jax.generators.stable_diffusion.generator import Conditioning
 from alignprop_jax.evaluation.evaluator import Evaluation, Evaluator, make_judges, summarize
 from alignprop_jax.experiment import Experiment, Split
 from alignprop_jax.rewards import Reward
@@ -18,14 +17,15 @@ PROMPTS = [f"prompt {number}" for number in range(5)]
 
 
 def make_experiment():
-    """A sampler whose image is its noise in [0, 1], moved by its prompt's context and the LoRA."""
+    """A chain whose image is its noise in [0, 1], moved by its prompt and the adapter."""
 
-    def sample(params, lora, latents, conditioning, uncond, keys, lora_timesteps):
-        shift = 0.0 if lora is None else lora["shift"]
-        if lora_timesteps is not None:
-            shift *= (lora_timesteps[0] - lora_timesteps[1]) / 1000
-        context = conditioning.hidden_states.mean(axis=(1, 2)).reshape(-1, 1, 1, 1)
-        return jax.nn.sigmoid(latents + context + shift)
+    def sample(params, adapter, inputs, adapter_timesteps):
+        shift = 0.0 if adapter is None else adapter["shift"]
+        if adapter_timesteps is not None:
+            shift *= (adapter_timesteps[0] - adapter_timesteps[1]) / 1000
+        return jax.nn.sigmoid(inputs.start + inputs.prompts.reshape(-1, 1, 1, 1) + shift)
+
+    generator = types.SimpleNamespace(start=lambda key: jax.random.normal(key, (4, 4, 3)))
 
     def score(params, images, inputs):
         return params["weight"] * images.mean(axis=(1, 2, 3)) + inputs[:, 0]
@@ -35,16 +35,14 @@ def make_experiment():
     reward = Reward(
         "mean", weights, score, lambda prompts: None, parts, lambda params, of: 2.0 * of["half"]
     )
-    context = Conditioning(jnp.arange(5.0).reshape(5, 1, 1))
     inputs = 100.0 * jnp.arange(5.0).reshape(5, 1)
-    table = PromptTable(context, Conditioning(jnp.zeros((1, 1, 1))), inputs)
+    table = PromptTable(jnp.arange(5.0), jnp.zeros(1), inputs)
     return Experiment(
         mesh=sharding.make_mesh(),
-        sd=types.SimpleNamespace(latent_shape=(4, 4, 3)),
+        algorithm=None,
+        chain=types.SimpleNamespace(generator=generator, sample=sample),
         params={},
         reward=reward,
-        sample=sample,
-        remat="step",
         splits={"train": Split(PROMPTS, table)},
     )
 

@@ -91,7 +91,7 @@ def test_a_run_at_full_size_is_known_without_weights(reward):
         experiment = load_experiment(config, sharding.make_mesh())
     leaves = jax.tree.leaves((experiment.params, experiment.reward.params))
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
-    assert experiment.sd.image_shape == (512, 512, 3)
+    assert experiment.generator.sample_shape == (512, 512, 3)
     table = experiment.splits["train"].table
     assert table.conditioning.hidden_states.shape == (table.num_prompts, 77, 768)
 

@@ -11,12 +11,12 @@ from safetensors.numpy import load_file
 
 from alignprop_jax.checkpoints import restore
 from alignprop_jax.config import load_config, validate
-from alignprop_jax.diffusion.sampling import make_sampler
 from alignprop_jax.errors import UserError
 from alignprop_jax.loading.pretrained import load_stable_diffusion
 from alignprop_jax.loading.weights import to_state_dict
 from alignprop_jax.lora.factors import adapt, init_changes
 from alignprop_jax.train import train
+from tests.chains import make_sample
 from tests.diffusion.test_sampling import GUIDANCE, NEGATIVE, NUM_STEPS, PROMPTS, torch_chain
 from tests.torch_gradients import assert_close_gradients, cotangent, draw_inputs
 from tests.torch_pipeline import build_torch_pipeline, torch
@@ -33,7 +33,7 @@ def test_the_gradient_by_all_weights_is_pytorchs(tmp_path):
     sd, params, (tokenizer,) = load_stable_diffusion(tmp_path)
     inputs = draw_inputs(sd, params, tokenizer, PROMPTS, NEGATIVE)
     trained = (1, 0, 1, 1)
-    sample = make_sampler(sd, NUM_STEPS, GUIDANCE, remat="partial")
+    sample = make_sample(sd, NUM_STEPS, GUIDANCE, remat="partial")
 
     @jax.jit
     @jax.grad

@@ -4,13 +4,13 @@ import jax
 import numpy as np
 import pytest
 
-from alignprop_jax.diffusion.sampling import make_sampler
-from alignprop_jax.experiment import encode
+from alignprop_jax.generators.stable_diffusion.prompts import encode
 from alignprop_jax.loading.pretrained import load_stable_diffusion
 from alignprop_jax.lora.factors import init_lora, scale_lora
 from alignprop_jax.lora.files import LORA_FILE, save_lora
 from alignprop_jax.lora.kohya import KOHYA_FILE, save_kohya_lora
 from tests import torch_pipeline
+from tests.chains import make_sample
 from tests.parity import QUICK_COMPILATION
 from tests.random_lora import randomize_lora
 from tests.torch_pipeline import torch
@@ -34,7 +34,7 @@ def drawn(request, tmp_path_factory):
     lora = randomize_lora(init_lora(jax.random.key(0), params["unet"], rank=3), size=0.15)
     latents = np.random.default_rng(0).standard_normal((2, 8, 8, 4)).astype(np.float32)
     encoded = encode(sd, params, tokenizers, ["", *PROMPTS])
-    sampler = make_sampler(sd, NUM_STEPS, GUIDANCE_SCALE)
+    sampler = make_sample(sd, NUM_STEPS, GUIDANCE_SCALE)
     sample = jax.jit(sampler, compiler_options=QUICK_COMPILATION)
     frozen = {"unet": params["unet"], "vae": params["vae"]}
     inputs = (latents, encoded[1:], encoded[:1], jax.random.key(0))

@@ -9,7 +9,6 @@ import pytest
 from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 
-from alignprop_jax.diffusion.sampling import make_sampler
 from alignprop_jax.generators.stable_diffusion.generator import encode_prompts
 from alignprop_jax.loading.pretrained import abstract_params, load_component, load_stable_diffusion
 from alignprop_jax.loading.tokenizer import load_tokenizer, tokenize
@@ -20,6 +19,7 @@ from alignprop_jax.rewards.preprocess import CLIPPreprocessor
 from examples.emoji import export
 from examples.emoji.captions import caption_words
 from examples.emoji.tokenizer import build_tokenizer
+from tests.chains import make_sample
 
 WEIGHTS = {
     "clip": "model.safetensors",
@@ -110,7 +110,7 @@ def test_images_are_those_of_diffusers(folder):
     )
     context = encode(tokenize(tokenizer, [*PROMPTS, ""]))
     sample = jax.jit(
-        make_sampler(sd, num_steps=3, guidance_scale=4.0), compiler_options=QUICK_COMPILATION
+        make_sample(sd, num_steps=3, guidance_scale=4.0), compiler_options=QUICK_COMPILATION
     )
     images = sample(params, None, latents, context[:2], context[2:], jax.random.key(0))
     assert images.shape == (2, 64, 64, 3)

@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignprop_jax.diffusion.sampling import make_sampler
 from alignprop_jax.errors import UserError
-from alignprop_jax.experiment import encode
+from alignprop_jax.generators.stable_diffusion.prompts import encode
 from alignprop_jax.loading.pretrained import load_stable_diffusion
 from alignprop_jax.models.execution import Execution
 from tests import torch_pipeline
+from tests.chains import make_sample
 from tests.parity import QUICK_COMPILATION
 from tests.torch_pipeline import torch
 
@@ -33,7 +33,7 @@ def pipeline(request, tmp_path_factory):
 def test_guided_sample_equals_diffusers(pipeline, negative_prompt):
     folder, peer = pipeline
     sd, params, tokenizers = load_stable_diffusion(folder, image_size=(HEIGHT, WIDTH))
-    assert sd.latent_shape == (12, 16, 4) and sd.image_shape == (HEIGHT, WIDTH, 3)
+    assert sd.latent_shape == (12, 16, 4) and sd.sample_shape == (HEIGHT, WIDTH, 3)
     latents = np.random.default_rng(0).standard_normal((2, 12, 16, 4)).astype(np.float32)
     wanted = peer(
         PROMPTS,
@@ -47,7 +47,7 @@ def test_guided_sample_equals_diffusers(pipeline, negative_prompt):
     ).images
 
     encoded = encode(sd, params, tokenizers, [negative_prompt, *PROMPTS])
-    sample = jax.jit(make_sampler(sd, 3, 4.0), compiler_options=QUICK_COMPILATION)
+    sample = jax.jit(make_sample(sd, 3, 4.0), compiler_options=QUICK_COMPILATION)
     images = sample(params, None, latents, encoded[1:], encoded[:1], jax.random.key(0))
 
     assert np.asarray(images).std() > 0.05

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from alignprop_jax.processes.ddim import DDIMScheduler
 from alignprop_jax.errors import UserError
+from alignprop_jax.processes.ddim import DDIMScheduler
 
 NUM_TRAIN = 200
 TRAINED_BETAS = tuple(np.geomspace(1e-3, 0.05, NUM_TRAIN).tolist())

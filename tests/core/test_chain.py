@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from alignprop_jax.diffusion.sampling import gate_gradient, make_sampler
-from alignprop_jax.processes.ddim import DDIMScheduler
-from alignprop_jax.generators.stable_diffusion.generator import decode_latents
+from alignprop_jax.core.gate import gate_gradient
 from alignprop_jax.errors import UserError
 from alignprop_jax.loading.pretrained import load_stable_diffusion
 from alignprop_jax.models.execution import Execution
+from alignprop_jax.processes.ddim import DDIMScheduler
+from tests.chains import make_sample
 from tests.torch_gradients import (
     assert_close_gradients,
     cotangent,
@@ -92,7 +92,7 @@ def test_sample_equals_diffusers_pipeline(pipeline, inputs, monkeypatch, guidanc
         latents=to_torch(latents),
         output_type="np",
     ).images
-    sample = jax.jit(make_sampler(sd, NUM_STEPS, guidance, eta))
+    sample = jax.jit(make_sample(sd, NUM_STEPS, guidance, eta))
     images = sample(params, None, latents, context, uncond, keys)
     assert images.dtype == jnp.float32
     assert 0 < np.mean((wanted > 0) & (wanted < 1))
@@ -103,7 +103,7 @@ def test_an_image_does_not_depend_on_its_batch(pipeline, inputs):
     _, sd, params, _ = pipeline
     latents, context, uncond = inputs
     keys = jax.random.split(jax.random.key(3), len(PROMPTS))
-    sample = jax.jit(make_sampler(sd, 2, GUIDANCE, eta=1.0))
+    sample = jax.jit(make_sample(sd, 2, GUIDANCE, eta=1.0))
     both = sample(params, None, latents, context, uncond, keys)
     alone = sample(params, None, latents[1:], context[1:], uncond, keys[1:])
     np.testing.assert_allclose(both[1:], alone, rtol=0, atol=1e-4)
@@ -112,10 +112,10 @@ def test_an_image_does_not_depend_on_its_batch(pipeline, inputs):
 
 def test_the_lora_is_on_between_two_timesteps_alone(pipeline, inputs, lora):
     _, sd, params, _ = pipeline
-    sample = jax.jit(make_sampler(sd, NUM_STEPS, GUIDANCE))
+    sample = jax.jit(make_sample(sd, NUM_STEPS, GUIDANCE))
 
     def images(lora, *timesteps):
-        return sample(params, lora, *inputs, jax.random.key(0), lora_timesteps=timesteps or None)
+        return sample(params, lora, *inputs, jax.random.key(0), adapter_timesteps=timesteps or None)
 
     base, plain = images(None), images(lora)
     programs = sample._cache_size()
@@ -170,7 +170,7 @@ def reward_gradient(request, pipeline, inputs, lora):
     execution = Execution(remat=request.param == "block")
     modules = {name: getattr(sd, name).clone(execution=execution) for name in ("unet", "vae")}
     sd = dataclasses.replace(sd, **modules)
-    sample = make_sampler(sd, NUM_STEPS, GUIDANCE, remat=request.param)
+    sample = make_sample(sd, NUM_STEPS, GUIDANCE, remat=request.param)
 
     @jax.jit
     def value_and_gradient(lora, latents, trained):
@@ -279,7 +279,7 @@ def test_nothing_is_kept_of_steps_that_are_never_trained(
     pipeline, inputs, lora, torch_gradient, remat
 ):
     _, sd, params, _ = pipeline
-    sample = make_sampler(sd, NUM_STEPS, GUIDANCE, remat=remat)
+    sample = make_sample(sd, NUM_STEPS, GUIDANCE, remat=remat)
     trained, never_trained = (0, 0, 0, 1), 3
 
     def reward(lora):
@@ -304,25 +304,29 @@ def test_nothing_is_kept_of_steps_that_are_never_trained(
 
 
 @pytest.mark.parametrize(
-    "remat, stop, renoise",
+    "remat, method, more",
     # An early stop has every step evaluated again, whatever remat says.
-    [("step", None, 0), ("step", None, 2), ("step", 3, 0), ("none", 3, 0)],
+    [
+        ("step", "sample", ()),
+        ("step", "sample_with_copies", (2,)),
+        ("step", "sample_until", (3,)),
+        ("none", "sample_until", (3,)),
+    ],
 )
-def test_step_remat_keeps_latents_only(pipeline, inputs, lora, remat, stop, renoise):
+def test_step_remat_keeps_latents_only(pipeline, inputs, lora, remat, method, more):
     """Per step, the backward pass is left the latents and a few numbers, none of the weights."""
     _, sd, params, _ = pipeline
     latents, context, uncond = inputs
-    num_steps = 7
-    num_rows = num_steps + renoise
-    sample = make_sampler(sd, num_steps, GUIDANCE, remat=remat)
+    num_steps, with_copies = 7, method == "sample_with_copies"
+    num_rows = num_steps + (more[0] if with_copies else 0)
+    sample = make_sample(sd, num_steps, GUIDANCE, remat=remat)
 
-    def reward(lora, trained, stop):
+    def reward(lora, trained):
         key = jax.random.key(0)
-        images = sample(params, lora, latents, context, uncond, key, trained, stop, renoise)
-        return jnp.sum(images)
+        arguments = (latents, context, uncond, key, trained, *more)
+        return jnp.sum(sample(params, lora, *arguments, method=method))
 
-    stop = None if stop is None else jnp.int32(stop)
-    jaxpr = jax.make_jaxpr(jax.grad(reward))(lora, jnp.ones(num_steps, bool), stop)
+    jaxpr = jax.make_jaxpr(jax.grad(reward))(lora, jnp.ones(num_steps, bool))
     (forward,) = (
         equation
         for equation in jaxpr.eqns
@@ -334,7 +338,7 @@ def test_step_remat_keeps_latents_only(pipeline, inputs, lora, remat, stop, reno
         if variable.aval.ndim and variable.aval.shape[0] == num_rows
     ]
     # Copies are themselves among what the steps give.
-    assert 0 < sum(stacked) <= (2 + (renoise > 0)) * num_rows * latents.size
+    assert 0 < sum(stacked) <= (2 + with_copies) * num_rows * latents.size
 
 
 def test_decoded_images_are_clipped_and_so_is_their_gradient(pipeline):
@@ -343,7 +347,7 @@ def test_decoded_images_are_clipped_and_so_is_their_gradient(pipeline):
 
     @jax.jit
     def decode(latents):
-        return decode_latents(sd, params, latents)
+        return sd.finish(params, latents)
 
     decoded = sd.vae.apply(
         {"params": params["vae"]}, latents / sd.vae.config.scaling_factor, method="decode"
@@ -360,9 +364,9 @@ def test_decoded_images_are_clipped_and_so_is_their_gradient(pipeline):
 def test_refuses_what_it_cannot_sample(pipeline):
     sd = pipeline[1]
     with pytest.raises(UserError, match="remat is 'blocks'"):
-        make_sampler(sd, NUM_STEPS, GUIDANCE, remat="blocks")
+        make_sample(sd, NUM_STEPS, GUIDANCE, remat="blocks")
     with pytest.raises(UserError, match="num_steps is 2000"):
-        make_sampler(sd, 2000, GUIDANCE)
+        make_sample(sd, 2000, GUIDANCE)
 
 
 def test_half_precision_stays_finite_and_near(tmp_path):
@@ -373,7 +377,7 @@ def test_half_precision_stays_finite_and_near(tmp_path):
         sd, params, (tokenizer,) = load_stable_diffusion(tmp_path, Execution(jnp.dtype(dtype)))
         assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(dtype)}
         arguments = draw_inputs(sd, params, tokenizer, PROMPTS, NEGATIVE)
-        sample = jax.jit(make_sampler(sd, NUM_STEPS, GUIDANCE))
+        sample = jax.jit(make_sample(sd, NUM_STEPS, GUIDANCE))
         images[dtype] = np.asarray(sample(params, None, *arguments, jax.random.key(1)))
     assert np.isfinite(images["bfloat16"]).all()
     assert np.abs(images["bfloat16"] - images["float32"]).mean() < 0.02

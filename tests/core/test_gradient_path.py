@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from alignprop_jax.core.gradient_path import GradientPath
-from alignprop_jax.core.truncation import Truncation
+from alignprop_jax.core.truncation import make_truncation
 from alignprop_jax.errors import UserError
 
 DRAWS = 4000
@@ -17,7 +17,7 @@ def draw_many(path, num_steps):
 
 
 def test_all_steps_are_run_for_the_sample():
-    truncation, key = Truncation("uniform", min=0, max=6), jax.random.key(3)
+    truncation, key = make_truncation("uniform", min=0, max=6), jax.random.key(3)
     trained, stop = GradientPath(truncation).draw(key, 6)
     assert stop is None
     np.testing.assert_array_equal(trained, truncation.draw(key, 6))
@@ -29,7 +29,7 @@ def test_all_steps_are_run_for_the_sample():
     [(40, 0.25, range(30, 40)), (50, 0.4, range(30, 50)), (10, 0.01, [9]), (4, 1.0, range(4))],
 )
 def test_a_prediction_is_of_one_of_the_last_steps_and_trains_it(num_steps, share, stops):
-    path = GradientPath(Truncation("last"), reward_at="prediction", stop_share=share)
+    path = GradientPath(make_truncation("last"), reward_at="prediction", stop_share=share)
     path.check(num_steps)
     trained, stop = draw_many(path, num_steps)
     np.testing.assert_array_equal(trained, np.arange(num_steps) == stop[:, None])
@@ -41,7 +41,7 @@ def test_a_prediction_is_of_one_of_the_last_steps_and_trains_it(num_steps, share
 
 
 def test_spaced_steps_and_the_stop_are_independent_and_no_step_after_it_is_trained():
-    path = GradientPath(Truncation("spaced", k=3), reward_at="prediction", stop_share=0.4)
+    path = GradientPath(make_truncation("spaced", k=3), reward_at="prediction", stop_share=0.4)
     path.check(10)
     trained, stop = draw_many(path, 10)
     first = trained.argmax(axis=1)
@@ -59,28 +59,28 @@ def test_spaced_steps_and_the_stop_are_independent_and_no_step_after_it_is_train
     [
         ({"reward_at": "noise"}, "reward_at is 'noise'"),
         ({"renoise": -1}, "renoise is -1"),
-        ({"truncation": Truncation("last", k=0)}, "truncation.k is 0"),
+        ({"truncation": make_truncation("last", k=0)}, "truncation.k is 0"),
         ({"reward_at": "prediction", "stop_share": 0.0}, "stop_share is 0.0"),
         ({"reward_at": "prediction", "stop_share": 1.5}, "stop_share is 1.5"),
         ({"reward_at": "prediction", "renoise": 2}, "stops before there is a sample"),
         (
-            {"reward_at": "prediction", "truncation": Truncation("full")},
+            {"reward_at": "prediction", "truncation": make_truncation("full")},
             "strategy is 'full', which draws from all 20 steps",
         ),
         (
-            {"reward_at": "prediction", "truncation": Truncation("uniform", max=20)},
+            {"reward_at": "prediction", "truncation": make_truncation("uniform", max=20)},
             "set truncation.strategy to last or spaced",
         ),
         (
-            {"reward_at": "prediction", "truncation": Truncation("spaced", k=1)},
+            {"reward_at": "prediction", "truncation": make_truncation("spaced", k=1)},
             "may be step 19, but with gradient.stop_share 0.25 sampling may stop at step 15",
         ),
     ],
 )
 def test_refuses_what_does_not_go_together(settings, culprit):
     with pytest.raises(UserError, match=culprit):
-        GradientPath(**{"truncation": Truncation("last"), **settings}).check(20)
+        GradientPath(**{"truncation": make_truncation("last"), **settings}).check(20)
 
 
 def test_settings_of_a_prediction_may_be_anything_without_one():
-    GradientPath(Truncation("full"), stop_share=-1.0, renoise=3, detach_input=True).check(4)
+    GradientPath(make_truncation("full"), stop_share=-1.0, renoise=3, detach_input=True).check(4)

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from alignprop_jax.core.truncation import Truncation, first_trained_step
+from alignprop_jax.core.truncation import first_trained_step, make_truncation
 from alignprop_jax.errors import UserError
 
 DRAWS = 4000
@@ -16,7 +16,7 @@ def draw_many(strategy, num_steps, **settings):
     @jax.jit
     @jax.vmap
     def draw(key):
-        return Truncation(strategy, **settings).draw(key, num_steps)
+        return make_truncation(strategy, **settings).draw(key, num_steps)
 
     trained = np.asarray(draw(jax.random.split(jax.random.key(0), DRAWS)))
     assert trained.shape == (DRAWS, num_steps)
@@ -80,7 +80,7 @@ def test_per_step_draws_each_step_anew():
 @pytest.mark.parametrize("k", [1, 4, 6])
 def test_last_trains_k_steps_up_to_the_last_that_is_run(k):
     assert (cutoffs(draw_many("last", 6, k=k)) == 6 - k).all()
-    trained = Truncation("last", k=2).draw(jax.random.key(0), 6, stop=3)
+    trained = make_truncation("last", k=2).draw(jax.random.key(0), 6, stop=3)
     np.testing.assert_array_equal(np.flatnonzero(trained[:4]), [2, 3])
 
 
@@ -115,14 +115,14 @@ EACH_STRATEGY = pytest.mark.parametrize(
 def test_expected_steps_are_the_mean_of_the_draws(strategy, settings):
     counts = draw_many(strategy, 10, **settings).sum(1)
     error = counts.std() / math.sqrt(DRAWS)
-    expected = Truncation(strategy, **settings).expected_steps(10)
+    expected = make_truncation(strategy, **settings).expected_steps(10)
     assert abs(counts.mean() - expected) <= 5 * error + 1e-9
 
 
 @EACH_STRATEGY
 def test_steps_that_are_never_trained_are_all_before_the_first_that_ever_is(strategy, settings):
     ever = draw_many(strategy, 10, **settings).any(0)
-    assert Truncation(strategy, **settings).never_trained(10) == np.argmax(ever)
+    assert make_truncation(strategy, **settings).never_trained(10) == np.argmax(ever)
 
 
 @pytest.mark.parametrize(
@@ -149,13 +149,13 @@ def test_first_trained_step(trained, first):
 )
 def test_refuses_settings_that_do_not_fit_the_sampler(settings, culprit):
     with pytest.raises(UserError, match=culprit):
-        Truncation(**settings).check(20)
+        make_truncation(**settings).check(20)
 
 
 def test_gaussian_needs_a_step_to_cut():
     with pytest.raises(UserError, match="at least 2"):
-        Truncation("gaussian", mean=1.0).check(1)
+        make_truncation("gaussian", mean=1.0).check(1)
 
 
 def test_unused_settings_may_hold_anything():
-    Truncation("full", start=100, mean=100.0, std=-1.0, min=9, max=3, k=0).check(5)
+    make_truncation("full", start=100, mean=100.0, std=-1.0, min=9, max=3, k=0).check(5)

@@ -1,6 +1,7 @@
-"""The AlignProp step: its update derived by hand on a sampler that is one line of arithmetic."""
+"""The AlignProp step: its update derived by hand on a chain that is one line of arithmetic."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,33 +10,38 @@ import optax
 import pytest
 
 from alignprop_jax.algorithms.accumulation import accumulate_gradients
-from alignprop_jax.algorithms.alignprop import make_train_step
-from alignprop_jax.algorithms.base import PromptTable
+from alignprop_jax.algorithms.backpropagation import Backpropagation
+from alignprop_jax.algorithms.base import Frozen, PromptTable, Setup
 from alignprop_jax.algorithms.losses import make_loss
 from alignprop_jax.algorithms.optimizer import make_optimizer
 from alignprop_jax.algorithms.prompt_order import prompt_indices
 from alignprop_jax.algorithms.state import create_train_state
 from alignprop_jax.core.gradient_path import StepDraw
-from alignprop_jax.generators.stable_diffusion.generator import Conditioning
 from alignprop_jax.errors import UserError
+from alignprop_jax.lora.adapters import Lora
 from alignprop_jax.rewards.base import Reward, no_prompt_inputs
 
 NUM_STEPS = 4
 NUM_PROMPTS = 5
 BATCH = 6
-LATENT_SHAPE = (2, 2, 3)
 LORA_SCALE = 0.5
 
 
-def toy_sample(params, lora, latents, conditioning, uncond, keys, trained, stop):
-    """Brightness that grows with the factors at each trained step; texture from the latents."""
-    assert keys.shape == latents.shape[:1]
-    assert stop is None
-    factors = lora["layer"]["down"] @ lora["layer"]["up"]
-    change = jnp.mean(trained) * params["unet"] * jnp.sum(factors)
-    brightness = change + jnp.mean(conditioning.hidden_states, axis=(1, 2))
-    brightness -= jnp.mean(uncond.hidden_states)
-    return 0.1 * latents + brightness[:, None, None, None]
+class ToyChain:
+    """Brightness that grows with the factors at each trained step; texture from the start."""
+
+    generator = SimpleNamespace(start=lambda key: jax.random.normal(key, (2, 2, 3)))
+    num_steps = NUM_STEPS
+
+    def sample(self, params, adapter, inputs, trained, never_trained=0):
+        assert inputs.keys.shape == inputs.start.shape[:1]
+        factors = adapter.tree["layer"]["down"] @ adapter.tree["layer"]["up"]
+        change = jnp.mean(trained) * params["network"] * jnp.sum(factors)
+        brightness = change + inputs.prompts - inputs.negative
+        return 0.1 * inputs.start + brightness[:, None, None, None]
+
+    def sample_with_copies(self, params, adapter, inputs, trained, copies, never_trained=0):
+        return jnp.repeat(self.sample(params, adapter, inputs, trained), 1 + copies, axis=0)
 
 
 def toy_reward(parts=False):
@@ -68,36 +74,36 @@ def lora():
 def prompts():
     rng = np.random.default_rng(1)
     return PromptTable(
-        conditioning=Conditioning(
-            jnp.asarray(rng.standard_normal((NUM_PROMPTS, 4, 3)), jnp.float32)
-        ),
-        uncond=Conditioning(jnp.asarray(rng.standard_normal((1, 4, 3)), jnp.float32)),
+        encoded=jnp.asarray(rng.standard_normal(NUM_PROMPTS), jnp.float32),
+        negative=jnp.asarray(rng.standard_normal(1), jnp.float32),
         reward_inputs=jnp.arange(NUM_PROMPTS, dtype=jnp.float32),
     )
 
 
-def make_step(optimizer, *, sample=toy_sample, reward=None, trained=(0, 1, 1, 1), **options):
-    options = {"batch_size": BATCH, "latent_shape": LATENT_SHAPE, **options}
-    step = make_train_step(
-        sample,
-        reward or toy_reward(),
-        make_loss("target", target=10.0, scale=0.1),
-        optimizer,
-        lambda key: StepDraw(jnp.asarray(trained, bool), None),
-        lora_scale=LORA_SCALE,
-        **options,
+def make_step(optimizer, *, reward=None, trained=(0, 1, 1, 1), copies=0, microbatch_size=0):
+    path = SimpleNamespace(
+        draw=lambda key, num_steps: StepDraw(jnp.asarray(trained, bool), None),
+        renoise=copies,
+        never_trained=lambda num_steps: 0,
     )
-    return jax.jit(step)
+    algorithm = Backpropagation(path, make_loss("target", target=10.0, scale=0.1))
+    adaptation = Lora(rank=2, alpha=2 * LORA_SCALE)
+    setup = Setup(ToyChain(), reward or toy_reward(), adaptation, optimizer, BATCH, microbatch_size)
+    step = jax.jit(algorithm.make_step(setup))
+
+    def train_step(reward_params, prompts, state):
+        return step(Frozen({"network": jnp.float32(0.2)}, reward_params, prompts), state)
+
+    return train_step
 
 
-PARAMS = {"unet": jnp.float32(0.2), "vae": None}
 REWARD_PARAMS = jnp.float32(3.0)
 
 
 def test_update_is_the_one_derived_by_hand(lora, prompts):
     optimizer = optax.sgd(0.5)
     state = create_train_state(lora, optimizer, jax.random.key(0))
-    new, metrics = make_step(optimizer)(PARAMS, REWARD_PARAMS, prompts, state)
+    new, metrics = make_step(optimizer)(REWARD_PARAMS, prompts, state)
 
     down, up = (np.asarray(lora["layer"][name], np.float64) for name in ("down", "up"))
     # d loss / d reward = -0.1 below the target, d reward / d brightness = 3, and
@@ -123,14 +129,11 @@ def test_losses_of_copies_are_summed_each_with_the_prompt_of_its_sample(
     optimizer = optax.sgd(0.5)
     state = create_train_state(lora, optimizer, jax.random.key(0))
 
-    def sample_with_copies(*args):
-        return jnp.repeat(toy_sample(*args), 3, axis=0)
+    def step(copies):
+        train_step = make_step(optimizer, copies=copies, microbatch_size=microbatch_size)
+        return train_step(REWARD_PARAMS, prompts, state)
 
-    def step(sample):
-        train_step = make_step(optimizer, sample=sample, microbatch_size=microbatch_size)
-        return train_step(PARAMS, REWARD_PARAMS, prompts, state)
-
-    (one, metrics), (three, metrics_of_three) = step(toy_sample), step(sample_with_copies)
+    (one, metrics), (three, metrics_of_three) = step(0), step(2)
     for name in ("loss", "grad_norm"):
         np.testing.assert_allclose(metrics_of_three[name], 3 * metrics[name], rtol=1e-5)
     for name in ("reward_mean", "reward_std"):
@@ -152,7 +155,7 @@ def test_metrics_are_of_the_whole_batch(lora, prompts):
 
     reward = Reward("observed", None, score, no_prompt_inputs)
     step = make_step(optimizer, reward=reward, microbatch_size=2)
-    _, metrics = step(PARAMS, None, prompts, state)
+    _, metrics = step(None, prompts, state)
     jax.effects_barrier()
     scores = np.concatenate(seen)
     assert len(scores) == BATCH
@@ -165,7 +168,7 @@ def test_parts_of_a_reward_are_reported_by_name(lora, prompts):
     optimizer = optax.sgd(0.0)
     state = create_train_state(lora, optimizer, jax.random.key(0))
     step = make_step(optimizer, reward=toy_reward(parts=True))
-    _, metrics = step(PARAMS, REWARD_PARAMS, prompts, state)
+    _, metrics = step(REWARD_PARAMS, prompts, state)
     np.testing.assert_allclose(metrics["reward/half"], metrics["reward_mean"] / 2, rtol=1e-6)
     np.testing.assert_allclose(metrics["reward/double"], 2 * metrics["reward_mean"], rtol=1e-6)
 
@@ -181,8 +184,8 @@ def test_microbatches_give_the_step_of_the_whole_batch(lora, prompts, microbatch
     def two_steps(**options):
         step = make_step(optimizer, reward=reward, **options)
         state = create_train_state(lora, optimizer, jax.random.key(0))
-        state, _ = step(PARAMS, None, prompts, state)
-        return step(PARAMS, None, prompts, state)
+        state, _ = step(None, prompts, state)
+        return step(None, prompts, state)
 
     whole, split = two_steps(), two_steps(microbatch_size=microbatch_size)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5), whole[1], split[1])
@@ -208,14 +211,14 @@ def test_steps_differ_and_a_resumed_run_repeats_them(lora, prompts):
     optimizer = make_optimizer(1e-2)
     step = make_step(optimizer)
     state = create_train_state(lora, optimizer, jax.random.key(0))
-    first, first_metrics = step(PARAMS, REWARD_PARAMS, prompts, state)
-    _, second_metrics = step(PARAMS, REWARD_PARAMS, prompts, first)
+    first, first_metrics = step(REWARD_PARAMS, prompts, state)
+    _, second_metrics = step(REWARD_PARAMS, prompts, first)
     assert first_metrics["reward_mean"] != second_metrics["reward_mean"]
     restored = jax.tree.map(jnp.copy, first)
-    _, again = step(PARAMS, REWARD_PARAMS, prompts, restored)
+    _, again = step(REWARD_PARAMS, prompts, restored)
     jax.tree.map(np.testing.assert_array_equal, second_metrics, again)
     other = create_train_state(lora, optimizer, jax.random.key(1))
-    _, other_metrics = step(PARAMS, REWARD_PARAMS, prompts, other)
+    _, other_metrics = step(REWARD_PARAMS, prompts, other)
     assert first_metrics["reward_mean"] != other_metrics["reward_mean"]
 
 
@@ -224,9 +227,9 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(lora, prompts,
     optimizer = make_optimizer(1e-2)
     step = make_step(optimizer)
     state = create_train_state(lora, optimizer, jax.random.key(0))
-    state, _ = step(PARAMS, REWARD_PARAMS, prompts, state)
+    state, _ = step(REWARD_PARAMS, prompts, state)
     for count in (1, 2):
-        skipped, metrics = step(PARAMS, jnp.float32(value), prompts, state)
+        skipped, metrics = step(jnp.float32(value), prompts, state)
         for name in ("lora", "opt_state"):
             jax.tree.map(
                 np.testing.assert_array_equal, getattr(skipped, name), getattr(state, name)
@@ -234,7 +237,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(lora, prompts,
         assert skipped.step == state.step + 1
         assert metrics["skipped"] == metrics["skipped_in_a_row"] == count
         state = skipped
-    state, metrics = step(PARAMS, REWARD_PARAMS, prompts, state)
+    state, metrics = step(REWARD_PARAMS, prompts, state)
     assert metrics["skipped"] == 2
     assert metrics["skipped_in_a_row"] == 0
     assert np.all(state.lora["layer"]["up"] != skipped.lora["layer"]["up"])
@@ -244,7 +247,7 @@ def test_nothing_trained_means_no_gradient_and_says_so(lora, prompts):
     optimizer = optax.sgd(1.0)
     state = create_train_state(lora, optimizer, jax.random.key(0))
     step = make_step(optimizer, trained=(0,) * NUM_STEPS)
-    new, metrics = step(PARAMS, REWARD_PARAMS, prompts, state)
+    new, metrics = step(REWARD_PARAMS, prompts, state)
     assert metrics["start_step"] == NUM_STEPS
     assert metrics["grad_norm"] == 0
     jax.tree.map(np.testing.assert_array_equal, new.lora, lora)

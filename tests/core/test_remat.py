@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from alignprop_jax.devices import sharding
 from alignprop_jax.core.jaxprs import inner_jaxprs
 from alignprop_jax.core.remat import bytes_kept_of, choose_remat, device_memory
-from alignprop_jax.diffusion.sampling import make_sampler
-from alignprop_jax.experiment import encode
+from alignprop_jax.devices import sharding
+from alignprop_jax.generators.stable_diffusion.prompts import encode
 from alignprop_jax.loading.pretrained import load_stable_diffusion
+from tests.chains import make_sample
 from tests.torch_gradients import random_factors
 from tests.torch_pipeline import build_torch_pipeline, build_torch_xl_pipeline
 
@@ -35,7 +35,7 @@ def build_model(build, folder):
 def trace_gradient(model, remat):
     """The gradient of a whole sample by the factors."""
     sd, params, encoded = model
-    sample = make_sampler(sd, NUM_STEPS, GUIDANCE, remat=remat)
+    sample = make_sample(sd, NUM_STEPS, GUIDANCE, remat=remat)
     latents = jnp.zeros((len(PROMPTS), *sd.latent_shape))
 
     def reward(lora):
@@ -63,7 +63,9 @@ def bytes_given(scan):
 
 def test_what_is_kept_is_what_room_was_made_for(model):
     sd, params, encoded = model
-    counted = NUM_STEPS * NUM_IMAGES * bytes_kept_of(sd, params["unet"], encoded[:1])
+    counted = (
+        NUM_STEPS * NUM_IMAGES * bytes_kept_of(sd.on_one_device(), params["unet"], encoded[:1])
+    )
     # What the forward pass of a whole sample hands to its backward pass, step by step.
     forward, backward = scans(trace_gradient(model, "partial"), NUM_STEPS)
     assert backward.params["reverse"] and not forward.params["reverse"]
