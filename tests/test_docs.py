@@ -67,13 +67,13 @@ def test_the_readme_takes_two_minutes():
     assert not [line for line in prose if len(line) > 120]
 
 
-def test_the_lines_of_python_in_the_readme_run(tmp_path, monkeypatch):
+def test_the_lines_of_python_in_the_readme_run(monkeypatch):
     """All but the hours: what is trained and sampled with is checked, and not done."""
     reward, lines = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     names = {}
     exec(reward, names)
-    red = jnp.zeros((2, 4, 4, 3)).at[0, ..., 0].set(1.0)
-    assert names["score"](red, jnp.zeros((2, 7), int)).tolist() == [1.0, 0.0]
+    red_and_blue = jnp.zeros((2, 4, 4, 3)).at[0, ..., 0].set(1.0).at[1, ..., 2].set(1.0)
+    assert names["score"](red_and_blue, jnp.zeros((2, 7), int)).tolist() == [1.0, -1.0]
 
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(train, "train", create_autospec(train.train))
