@@ -43,7 +43,7 @@ def test_diffusers_draws_the_same(latents, images):
 
 
 def test_the_animals_are_recognized(images):
-    """In few steps and one sample each; the README has the full count."""
+    """In few steps and one sample each; docs/results.md has the full count."""
     judges = find_judges(EMOJI)
     assert judges["recognized"](images, PROMPTS).sum() >= 10
     # The recognizer does not just say what it is asked.

@@ -39,7 +39,7 @@ def compiler_options() -> dict[str, str]:
 
     On CPUs it hands convolutions, products and sums to the library YNNPACK. That takes a fifth less
     time than its own where there is AVX-512, and up to twice the time where there is only AVX2
-    (docs/performance.md).
+    (docs/performance_log.md).
     """
     if jax.default_backend() != "cpu":
         return {}

@@ -1,7 +1,7 @@
 """All cores of a CPU: one device each, which takes its share of the batch.
 
 XLA leaves cores idle where one device has them all: of two cores an update is 20 to 50% faster with
-a device for each (docs/performance.md). Each holds a copy of the weights.
+a device for each. Each holds a copy of the weights.
 """
 
 import os
@@ -22,7 +22,7 @@ def use_cores(samples: int, fsdp: int) -> None:
     XLA gets at least one thread more than there are devices, unless $PJRT_NPROC says otherwise or
     the CPU has AVX-512. With as many threads as devices, and convolutions that are XLA 0.10's own
     and not YNNPACK's (see `compilation.compiler_options`), a gradient of the emoji model was
-    another in each run, its norm up to 12% off.
+    another in each run, its norm up to 12% off (docs/performance_log.md).
     """
     if jax.distributed.is_initialized():
         return
