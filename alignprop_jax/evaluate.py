@@ -31,7 +31,7 @@ from alignprop_jax.evaluation.evaluator import (
     make_judges,
     summarize,
 )
-from alignprop_jax.evaluation.judges import Scorer, reward_scorer
+from alignprop_jax.evaluation.judges import reward_scorer
 from alignprop_jax.evaluation.standardization import standardize_parts
 from alignprop_jax.experiment import load_experiment, load_reward
 from alignprop_jax.loading.buckets import in_bucket
@@ -39,6 +39,7 @@ from alignprop_jax.lora.mixing import BASE_MODEL, LoraMix, define_flags_of_loras
 from alignprop_jax.records.images import columns_for, make_grid
 from alignprop_jax.records.metrics import write_json
 from alignprop_jax.records.workdir import Workdir
+from alignprop_jax.rewards.base import Scorer
 from alignprop_jax.settings import at_a_time
 
 

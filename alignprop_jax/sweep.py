@@ -24,7 +24,6 @@ from alignprop_jax.devices.compilation import enable_compilation_cache
 from alignprop_jax.devices.cpu_devices import use_cores
 from alignprop_jax.errors import run_program
 from alignprop_jax.evaluation.evaluator import make_evaluator, make_judges, summarize
-from alignprop_jax.evaluation.judges import Scorer
 from alignprop_jax.evaluation.standardization import standardize_parts
 from alignprop_jax.experiment import UNSEEN, load_experiment
 from alignprop_jax.lora.adapters import Factors
@@ -33,6 +32,7 @@ from alignprop_jax.lora.mixing import LoraMix, parse_timesteps
 from alignprop_jax.records.metrics import JsonLines, Record
 from alignprop_jax.records.progress import progress_bar
 from alignprop_jax.records.workdir import Workdir
+from alignprop_jax.rewards.base import Scorer
 from alignprop_jax.settings import at_a_time
 from alignprop_jax.sweep_page import MOST_PICTURES, write_page
 

@@ -18,12 +18,13 @@ from alignprop_jax.devices.compilation import compiler_options
 from alignprop_jax.devices.distributed import is_main
 from alignprop_jax.evaluation.bootstrap import confidence_interval
 from alignprop_jax.evaluation.diversity import mean_distances
-from alignprop_jax.evaluation.judges import Scorer, find_judges, removal_judges
+from alignprop_jax.evaluation.judges import find_judges, removal_judges
 from alignprop_jax.experiment import Experiment, Split, make_keys
 from alignprop_jax.loading.pretrained import resolve_model
-from alignprop_jax.records.images import to_uint8
 from alignprop_jax.records.progress import progress_bar
+from alignprop_jax.rewards.base import Scorer
 from alignprop_jax.rewards.file_size import jpeg_kilobytes
+from alignprop_jax.rewards.pixels import to_uint8
 from alignprop_jax.rewards.weighted_sum import Statistics, standardize
 
 

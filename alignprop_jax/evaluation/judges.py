@@ -25,12 +25,9 @@ from alignprop_jax.loading.weights import ParamTree, load_params, save_params
 from alignprop_jax.models.clip import CLIPModel
 from alignprop_jax.prompts.english import plural
 from alignprop_jax.prompts.objects import PromptObject, prompt_objects
-from alignprop_jax.rewards.base import Reward
+from alignprop_jax.rewards.base import Reward, Scorer
 from alignprop_jax.rewards.clip_similarity import make_clip_score_reward
 from alignprop_jax.rewards.preprocess import CLIPPreprocessor, crop_middle, resize_shorter_edge
-
-# Images [B, H, W, 3] float32 in [0, 1] and their prompts in, scores [B] out.
-Scorer = Callable[[np.ndarray, Sequence[str]], np.ndarray]
 
 IMAGE_SIZE = 64
 NOTHING = "nothing"

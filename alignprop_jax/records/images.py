@@ -6,14 +6,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from alignprop_jax.rewards.pixels import to_uint8
+
 _SMALLEST, _LARGEST = 96, 256  # pixels across a tile: labels stay legible, files small
 _MARGIN = 6
 _BACKGROUND, _INK = (255, 255, 255), (40, 40, 40)
-
-
-def to_uint8(images: np.ndarray) -> np.ndarray:
-    """Maps images [..., H, W, 3] in [0, 1] to bytes; what is outside, or NaN, is clipped."""
-    return np.round(np.clip(np.nan_to_num(images), 0.0, 1.0) * 255.0).astype(np.uint8)
 
 
 def make_grid(images: np.ndarray, labels: list[str], columns: int) -> Image.Image:

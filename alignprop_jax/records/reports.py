@@ -6,12 +6,12 @@ from jaxtyping import PyTree
 
 from alignprop_jax.devices.distributed import on_main
 from alignprop_jax.evaluation.evaluator import Evaluation, Evaluator, summarize
-from alignprop_jax.evaluation.judges import Scorer
 from alignprop_jax.experiment import TRAIN, Split
 from alignprop_jax.lora.adapters import Adaptation
 from alignprop_jax.records.dashboards import Dashboard
 from alignprop_jax.records.images import columns_for, make_comparison, make_grid
 from alignprop_jax.records.workdir import Workdir
+from alignprop_jax.rewards.base import Scorer
 
 
 class Reports:

@@ -10,6 +10,9 @@ from jaxtyping import Array, Float, PyTree
 
 from alignprop_jax.errors import UserError
 
+# Images [B, H, W, 3] float32 in [0, 1] and their prompts in, scores [B] out.
+Scorer = Callable[[np.ndarray, Sequence[str]], np.ndarray]
+
 Score = Callable[[PyTree, Float[Array, "b h w 3"], PyTree], Float[Array, " b"]]
 
 

@@ -2,21 +2,18 @@
 
 import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
-from alignprop_jax.records.images import to_uint8
-
-if TYPE_CHECKING:
-    from alignprop_jax.evaluation.judges import Scorer
+from alignprop_jax.rewards.base import Scorer
+from alignprop_jax.rewards.pixels import to_uint8
 
 _START_OF_SCAN = b"\xff\xda"
 _SCAN_HEADER, _END_OF_IMAGE = 12, 2  # bytes, for three components
 
 
-def jpeg_kilobytes(quality: int) -> "Scorer":
+def jpeg_kilobytes(quality: int) -> Scorer:
     """A scorer of images [B, H, W, 3] in [0, 1]: the kB (1,000 bytes) that Pillow codes each in.
 
     The headers, of one size for every picture, do not count.

@@ -7,8 +7,8 @@ from alignprop_jax.records.images import (
     make_comparison,
     make_grid,
     save_images,
-    to_uint8,
 )
+from alignprop_jax.rewards.pixels import to_uint8
 
 
 def flat(*levels, size=32):
