@@ -95,7 +95,7 @@ def load_experiment(config: ConfigDict, mesh: Mesh | None = None) -> Experiment:
     shardings_of = functools.partial(sharding.of_frozen, mesh=mesh)
     loaded = load_generator(config.model, execution, size, shardings_of)
     generator = loaded.generator
-    reward = make_reward(config.reward, loaded.tokenizer, _reward_options(config, dtype))
+    reward = make_reward(config.reward, loaded.tokenizer, config, dtype)
     texts = sum(prompts.values(), [])
     reward_inputs = reward.prepare(texts)
     check_reward(reward, generator.sample_shape, algorithm.needs_reward_gradient, reward_inputs)
@@ -160,12 +160,4 @@ def load_reward(config: ConfigDict, name: str) -> Reward:
         UserError: there is no such reward, or it cannot be made.
     """
     tokenizer = open_model(config.model).tokenizer("tokenizer")
-    return make_reward(name, tokenizer, _reward_options(config, jnp.dtype(config.dtype)))
-
-
-def _reward_options(config: ConfigDict, dtype: jnp.dtype) -> dict[str, dict[str, Any]]:
-    """The arguments of every registered reward's factory."""
-    networks = ("aesthetic", "clip_score", "count", "hps", "pickscore", "remove")
-    options = {name: {**config[name].to_dict(), "dtype": dtype} for name in networks}
-    files = ("jpeg_compress", "jpeg_incompress", "jpeg_compress_file", "jpeg_incompress_file")
-    return options | dict.fromkeys(files, config.jpeg.to_dict())
+    return make_reward(name, tokenizer, config, jnp.dtype(config.dtype))

@@ -6,7 +6,7 @@ from alignprop_jax.rewards.jpeg_size import jpeg_bytes
 from alignprop_jax.rewards.registry import register
 
 
-@register("jpeg_compress")
+@register("jpeg_compress", section="jpeg")
 def make_jpeg_compress_reward(quality: int = 95) -> Reward:
     """Minus the kB (1,000 bytes) of the image as JPEG, its fixed headers left out.
 
@@ -19,7 +19,7 @@ def make_jpeg_compress_reward(quality: int = 95) -> Reward:
     return _make_reward("jpeg_compress", -1e-3, quality)
 
 
-@register("jpeg_incompress")
+@register("jpeg_incompress", section="jpeg")
 def make_jpeg_incompress_reward(quality: int = 95) -> Reward:
     """The kB of the image as JPEG: what `jpeg_compress` gives, with the other sign."""
     return _make_reward("jpeg_incompress", 1e-3, quality)

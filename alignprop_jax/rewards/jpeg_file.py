@@ -8,7 +8,7 @@ from alignprop_jax.rewards.file_size import jpeg_kilobytes
 from alignprop_jax.rewards.registry import register
 
 
-@register("jpeg_compress_file")
+@register("jpeg_compress_file", section="jpeg")
 def make_jpeg_compress_file_reward(quality: int = 95) -> Reward:
     """Minus the kB (1,000 bytes) of the image as JPEG by Pillow, its fixed headers left out.
 
@@ -18,7 +18,7 @@ def make_jpeg_compress_file_reward(quality: int = 95) -> Reward:
     return _make_reward("jpeg_compress_file", -1.0, quality)
 
 
-@register("jpeg_incompress_file")
+@register("jpeg_incompress_file", section="jpeg")
 def make_jpeg_incompress_file_reward(quality: int = 95) -> Reward:
     """What `jpeg_compress_file` gives, with the other sign."""
     return _make_reward("jpeg_incompress_file", 1.0, quality)

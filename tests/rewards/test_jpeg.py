@@ -96,7 +96,7 @@ def test_detail_too_faint_to_be_coded_is_felt_before_it_is_seen():
 def test_rewards_are_kilobytes_with_opposite_signs(images):
     batch = images[0][:5]
     compress, incompress = (
-        make_reward(name, None, {name: {"quality": 75}})
+        make_reward(name, None, {"jpeg": {"quality": 75}})
         for name in ("jpeg_compress", "jpeg_incompress")
     )
     expected = jpeg_bytes(batch, 75) / 1000
@@ -121,4 +121,4 @@ def test_judge_counts_what_the_picture_adds_to_a_file():
 @pytest.mark.parametrize("quality", [0, 101])
 def test_refuses_a_quality_that_does_not_exist(quality):
     with pytest.raises(UserError, match=f"jpeg_compress: quality {quality} must lie between"):
-        make_reward("jpeg_compress", None, {"jpeg_compress": {"quality": quality}})
+        make_reward("jpeg_compress", None, {"jpeg": {"quality": quality}})

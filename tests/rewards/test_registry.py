@@ -9,7 +9,7 @@ from alignprop_jax.errors import UserError
 from alignprop_jax.rewards import Reward, check_reward, make_reward, register
 from alignprop_jax.rewards.base import no_prompt_inputs
 from alignprop_jax.rewards.file_size import jpeg_kilobytes
-from alignprop_jax.rewards.registry import _FACTORIES
+from alignprop_jax.rewards.registry import _REGISTERED
 from alignprop_jax.rewards.weighted_sum import measure, standardize, weighted_sum
 
 SHAPE = (4, 4, 3)
@@ -27,7 +27,7 @@ class Tokenizer:
 
 @pytest.fixture
 def brightness(monkeypatch):
-    monkeypatch.setattr("alignprop_jax.rewards.registry._FACTORIES", dict(_FACTORIES))
+    monkeypatch.setattr("alignprop_jax.rewards.registry._REGISTERED", dict(_REGISTERED))
 
     @register("brightness")
     def make(gain=1.0):
@@ -136,7 +136,7 @@ def test_bad_function_is_named(tmp_path, expression, message):
 
 
 def test_a_black_box_is_for_algorithms_that_need_no_gradient():
-    reward = make_reward("jpeg_compress_file", Tokenizer(), {"jpeg_compress_file": {"quality": 75}})
+    reward = make_reward("jpeg_compress_file", Tokenizer(), {"jpeg": {"quality": 75}})
     check_reward(reward, SHAPE, differentiable=False)
     with pytest.raises(UserError, match="jpeg_compress_file.* has no gradient .* to ddpo or rwr"):
         check_reward(reward, SHAPE)
@@ -155,7 +155,7 @@ def test_a_black_box_is_for_algorithms_that_need_no_gradient():
     ],
 )
 def test_reward_not_found(spec, message, monkeypatch):
-    monkeypatch.setitem(_FACTORIES, "aesthetic", lambda: None)
+    monkeypatch.setitem(_REGISTERED, "aesthetic", _REGISTERED["jpeg_compress"])
     with pytest.raises(UserError, match=message):
         make_reward(spec, Tokenizer())
 
