@@ -235,12 +235,13 @@ class _ConfigParser(flags.ArgumentParser):
     def __init__(self, arguments: Sequence[str]):
         super().__init__()
         self._arguments = arguments  # those of files of flags, too
-        self._path = ""
 
     def parse(self, path: str) -> ConfigDict:
-        if self._path:
-            raise UserError(f"--config is given twice: {self._path} and {path}")
-        self._path = path
+        if (
+            sum(re.match("--?config(=|$)", argument) is not None for argument in self._arguments)
+            > 1
+        ):
+            raise UserError("--config is given twice")
         config = load_config(path).lock()
         algorithm = config.algorithm
         for argument, following in itertools.pairwise([*self._arguments, ""]):

@@ -84,7 +84,7 @@ class Method:
             check_key(key)
         try:
             config.update_from_flattened_dict(changes)
-        except TypeError as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise UserError(f"method {self.name!r}: {error}") from error
         validate(config)
         return config
