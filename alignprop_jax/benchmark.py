@@ -11,6 +11,7 @@ package alone, with one quantity after the other varied.
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -22,7 +23,9 @@ from absl import flags
 
 from alignprop_jax.benchmarking.curves import QUANTITIES, describe_curves, measure_curves
 from alignprop_jax.benchmarking.work import Work
+from alignprop_jax.config import MOST_GUIDANCE, MOST_IMAGES, MOST_STEPS
 from alignprop_jax.errors import UserError, run_program
+from alignprop_jax.flag_types import define_number
 from alignprop_jax.loading.pretrained import open_model
 from alignprop_jax.models.unet import UNetConfig
 from alignprop_jax.models.vae import VAEConfig
@@ -65,11 +68,18 @@ def benchmark(works: Sequence[Work], rounds: int, peer_python: str = "") -> list
 def _run(command: Sequence[str]) -> dict[str, Any]:
     # The peer's interpreter must not find this package's environment.
     environment = {key: value for key, value in os.environ.items() if key != "VIRTUAL_ENV"}
-    process = subprocess.run(command, capture_output=True, text=True, env=environment)
+    name = " ".join(command[:3])
+    try:
+        process = subprocess.run(command, capture_output=True, text=True, env=environment)
+    except OSError as error:
+        raise UserError(f"{name} cannot be run ({error.strerror})") from error
     if process.returncode:
         last = process.stderr.strip().splitlines()[-1:]
-        raise UserError(f"{' '.join(command[:3])} failed: {''.join(last)}")
-    return json.loads(process.stdout.strip().splitlines()[-1])
+        raise UserError(f"{name} failed: {''.join(last)}")
+    try:
+        return json.loads(process.stdout.strip().splitlines()[-1])
+    except (IndexError, ValueError) as error:
+        raise UserError(f"{name} printed no result; is it Python with what it needs?") from error
 
 
 def summarize(work: Work, timed: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -122,8 +132,20 @@ def edge_of(model: str) -> int:
     return sample_size * source.config("vae", VAEConfig.from_dict).downscale
 
 
+def first_step(case: str, num_steps: int) -> int | None:
+    """What an item of --cases stands for; None for sampling alone."""
+    if case == "sample":
+        return None
+    if not re.fullmatch("[0-9]{1,5}", case) or int(case) > num_steps:
+        raise UserError(f"--cases={case}: give sample, or a first step of 0 to {num_steps}")
+    return int(case)
+
+
 def main(argv: list[str]) -> None:
     del argv
+    output = Path(_OUTPUT.value)
+    if output.is_dir() or not output.parent.is_dir():
+        raise UserError(f"--output={output} must be a file, in a folder that is there")
 
     def work(start: int | None) -> Work:
         sizes = (_BATCH_SIZE.value, _NUM_STEPS.value, _GUIDANCE_SCALE.value, _REPEATS.value)
@@ -131,12 +153,12 @@ def main(argv: list[str]) -> None:
 
     if _CURVES.value:
         curves = measure_curves(_CURVES.value, work(0), edge_of(_MODEL.value), time_own)
-        write_json(Path(_OUTPUT.value), {"curves": curves})
+        write_json(output, {"curves": curves})
         print(describe_curves(curves))
         return
-    works = [work(None if case == "sample" else int(case)) for case in _CASES.value]
+    works = [work(first_step(case, _NUM_STEPS.value)) for case in _CASES.value]
     results = benchmark(works, _ROUNDS.value, _PEER_PYTHON.value)
-    write_json(Path(_OUTPUT.value), {"results": results})
+    write_json(output, {"results": results})
     print(describe(results))
 
 
@@ -147,13 +169,16 @@ if __name__ == "__main__":
     _CASES = flags.DEFINE_list(
         "cases", ["0", "10", "19", "sample"], "first steps with gradient of updates, or sample"
     )
+    flags.register_validator("cases", bool, "one at least")
     _CURVES = flags.DEFINE_list("curves", [], f"quantities to vary, of {', '.join(QUANTITIES)}")
     flags.register_validator(
         "curves", lambda names: set(names) <= set(QUANTITIES), f"one of {', '.join(QUANTITIES)}"
     )
-    _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "images", lower_bound=1)
-    _NUM_STEPS = flags.DEFINE_integer("num_steps", 20, "denoising steps", lower_bound=1)
-    _GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", 5.0, "of classifier-free guidance", 1.0)
-    _REPEATS = flags.DEFINE_integer("repeats", 3, "times in each process", lower_bound=1)
-    _ROUNDS = flags.DEFINE_integer("rounds", 3, "processes of each, in turn", lower_bound=1)
+    _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "images", 1, MOST_IMAGES)
+    _NUM_STEPS = flags.DEFINE_integer("num_steps", 20, "denoising steps", 1, MOST_STEPS)
+    _GUIDANCE_SCALE = define_number(
+        "guidance_scale", 5.0, "of classifier-free guidance", 1, MOST_GUIDANCE
+    )
+    _REPEATS = flags.DEFINE_integer("repeats", 3, "times in each process", 1, 1000)
+    _ROUNDS = flags.DEFINE_integer("rounds", 3, "processes of each, in turn", 1, 1000)
     run_program(main)

@@ -19,6 +19,7 @@ from alignprop_jax.comparison.methods import DEFAULT_METHODS, Method
 from alignprop_jax.comparison.page import write_page
 from alignprop_jax.comparison.results import gather, table
 from alignprop_jax.comparison.runs import Budget, plan_runs
+from alignprop_jax.config import MOST_IMAGES, MOST_STEPS, MOST_TIMES
 from alignprop_jax.errors import UserError, run_program
 from alignprop_jax.records.metrics import write_json
 
@@ -63,14 +64,21 @@ if __name__ == "__main__":
     _REWARDS = flags.DEFINE_list(
         "rewards", ["aesthetic", "jpeg_compress", "count"], "variants of the config file"
     )
+    flags.register_validator("rewards", bool, "one at least")
     _METHODS = flags.DEFINE_multi_string(
         "method", list(DEFAULT_METHODS), "ALGORITHM [KEY=VALUE ...]; may be repeated"
     )
-    _SEEDS = flags.DEFINE_integer("seeds", 3, "of each method on each reward", lower_bound=1)
-    _QUERIES = flags.DEFINE_integer("queries", 672, "of the reward, of a run", lower_bound=1)
-    _EVALUATIONS = flags.DEFINE_integer("evaluations", 6, "after the first, of a run", 1)
+    _SEEDS = flags.DEFINE_integer("seeds", 3, "of each method on each reward", 1, 1000)
+    _QUERIES = flags.DEFINE_integer("queries", 672, "of the reward, of a run", 1, MOST_TIMES)
+    _EVALUATIONS = flags.DEFINE_integer(
+        "evaluations", 6, "after the first, of a run", 1, MOST_STEPS
+    )
     _SAMPLES = flags.DEFINE_integer(
-        "samples_per_prompt", None, "of an evaluation, at most; by default the variant's", 1
+        "samples_per_prompt",
+        None,
+        "of an evaluation, at most; by default the variant's",
+        1,
+        MOST_IMAGES,
     )
     run_program(
         lambda argv: print(

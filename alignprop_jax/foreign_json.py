@@ -56,8 +56,8 @@ def number(least: float, most: float, default: Any = _NEEDED) -> Field:
     """A finite number from `least` to `most`, both included; a float."""
 
     def parse(value: Any) -> float:
-        _require(type(value) in (int, float) and least <= value <= most)
-        _require(math.isfinite(value))
+        _require(isinstance(value, int | float) and type(value) is not bool)
+        _require(least <= value <= most and math.isfinite(value))
         return float(value)
 
     return Field(parse, f"a number from {least:g} to {most:g}", default)
@@ -73,14 +73,16 @@ def boolean(default: Any = _NEEDED) -> Field:
     return Field(parse, "true or false", default)
 
 
-def text(default: Any = _NEEDED, most: int = 1000) -> Field:
-    """A string of at most `most` characters."""
+def text(default: Any = _NEEDED, most: int = 1000, least: int = 0) -> Field:
+    """A string of `least` to `most` characters, none of them NUL or half of a surrogate pair."""
 
     def parse(value: Any) -> str:
-        _require(type(value) is str and len(value) <= most)
+        _require(type(value) is str and least <= len(value) <= most and "\0" not in value)
+        value.encode()
         return value
 
-    return Field(parse, f"a string of at most {most} characters", default)
+    allowed = f"a string of {f'{least} to' if least else 'at most'} {most} characters"
+    return Field(parse, allowed, default)
 
 
 def one_of(*values: Any, default: Any = _NEEDED) -> Field:
@@ -109,6 +111,7 @@ def mapping_of(item: Field, most: int, default: Any = _NEEDED) -> Field:
 
     def parse(value: Any) -> dict[str, Any]:
         _require(isinstance(value, Mapping) and len(value) <= most)
+        _require(all(type(key) is str for key in value))
         return {key: item.parse(inner) for key, inner in value.items()}
 
     return Field(parse, f"an object of at most {most} keys, each {item.allowed}", default)

@@ -8,6 +8,10 @@ given the same. --lora adds a LoRA, --lora A --lora B --mix 0.3 takes 0.3 A + 0.
 --lora_timesteps=1000:600 has it on in the early steps alone.
 """
 
+import contextlib
+import errno
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -16,10 +20,13 @@ import numpy as np
 from absl import flags
 from jaxtyping import Array, Float, Key
 
+from alignprop_jax.config import MOST_GUIDANCE, MOST_IMAGES, MOST_PIXELS, MOST_SEED, MOST_STEPS
 from alignprop_jax.core.chain import Chain, Inputs
+from alignprop_jax.core.finite import require_finite
 from alignprop_jax.devices.compilation import compiler_options, enable_compilation_cache
 from alignprop_jax.devices.distributed import on_every_host, on_main
 from alignprop_jax.errors import UserError, run_program
+from alignprop_jax.flag_types import define_number
 from alignprop_jax.generators.load import load_generator
 from alignprop_jax.lora.mixing import NO_LORA, LoraMix, define_lora_flags
 from alignprop_jax.prompts.reading import load_prompts
@@ -47,7 +54,8 @@ def sample(
     in it. See the flags for the arguments.
 
     Raises:
-      UserError: a file cannot be read or does not fit the model, or a setting is not supported.
+      UserError: a file cannot be read or does not fit the model, a setting is not supported, or a
+        sample is NaN or infinite.
     """
     loaded = load_generator(model, sample_size=image_size)
     generator, params = loaded.generator, loaded.params
@@ -75,6 +83,7 @@ def sample(
             )
             batch = run(params, adapter, inputs, adapter_timesteps=lora.timesteps)
             images.append(np.asarray(batch)[: len(prompts) - first])
+            require_finite(images[-1], prompts[first : first + batch_size])
             progress.update(len(images[-1]))
     return np.concatenate(images)
 
@@ -90,21 +99,41 @@ def read_latents(path: Path, number: int, shape: tuple[int, int, int]) -> Float[
     """Reads noise of shape [B, C, h, w].
 
     Raises:
-      UserError: the file is absent, no .npy file, or of another shape than the prompts and the
-        model ask for.
+      UserError: the file is absent, no .npy file of floats that are finite, or of another shape
+        than the prompts and the model ask for.
     """
+    name = f"latents {str(path)!r}"
     try:
-        latents = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"latents {str(path)!r} cannot be read as .npy: {error}") from error
+        with path.open("rb") as file:
+            np.lib.format.read_magic(file)  # an archive or a pickle has another
+        # Not into memory before its shape is known.
+        latents = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # a damaged header raises whatever Python's parser does
+        raise UserError(f"{name} cannot be read as .npy: {error}") from error
     height, width, channels = shape
     expected = (number, channels, height, width)
     if latents.shape != expected:
         raise UserError(
-            f"latents {str(path)!r} have shape {latents.shape}; {number} prompts and this model "
-            f"need {expected}"
+            f"{name} have shape {latents.shape}; {number} prompts and this model need {expected}"
         )
-    return jnp.asarray(latents, jnp.float32).transpose(0, 2, 3, 1)
+    if not np.issubdtype(latents.dtype, np.floating):
+        raise UserError(f"{name} are of type {latents.dtype}; noise is of floats, such as float32")
+    with np.errstate(over="ignore"):
+        latents = np.asarray(latents, np.float32)
+    if not np.isfinite(latents).all():
+        raise UserError(f"{name} have values that are NaN, infinite or beyond float32")
+    return jnp.asarray(latents).transpose(0, 2, 3, 1)
+
+
+@on_main
+def check_output(path: Path) -> None:
+    """Makes the folder; raises UserError unless the output can be written there."""
+    with _named_output(path):
+        if path.suffix == ".npy" and path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "a folder is there")
+        folder = path.parent if path.suffix == ".npy" else path
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
 
 
 @on_main
@@ -114,12 +143,18 @@ def write_output(path: Path, images: Float[np.ndarray, "b H W 3"], prompts: list
     Raises:
       UserError: the place cannot be written.
     """
-    try:
+    check_output(path)
+    with _named_output(path):
         if path.suffix == ".npy":
-            path.parent.mkdir(parents=True, exist_ok=True)
             np.save(path, images.astype(np.float32))
         else:
             save_images(path, images, prompts)
+
+
+@contextlib.contextmanager
+def _named_output(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise UserError(
             f"output {str(path)!r} cannot be written ({error.strerror}); give another --output"
@@ -129,11 +164,14 @@ def write_output(path: Path, images: Float[np.ndarray, "b H W 3"], prompts: list
 def main(argv: list[str]) -> None:
     del argv
     enable_compilation_cache()
+    # What is quick to find wrong comes before the samples.
+    check_output(Path(_OUTPUT.value))
     prompts = load_prompts(_PROMPTS.value)
+    lora = _read_lora()
     images = sample(
         _MODEL.value,
         prompts,
-        lora=_read_lora(),
+        lora=lora,
         latents=Path(_LATENTS.value) if _LATENTS.value else None,
         negative_prompt=_NEGATIVE_PROMPT.value,
         num_steps=_NUM_STEPS.value,
@@ -161,11 +199,11 @@ if __name__ == "__main__":
     _read_lora = define_lora_flags()
     _LATENTS = flags.DEFINE_string("latents", None, "noise to start from, .npy [B, C, h, w]")
     _NEGATIVE_PROMPT = flags.DEFINE_string("negative_prompt", "", "what to steer away from")
-    _NUM_STEPS = flags.DEFINE_integer("num_steps", 50, "denoising steps", lower_bound=1)
-    _GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", 5.0, "1 for no guidance", lower_bound=1)
-    _HEIGHT = flags.DEFINE_integer("height", 0, "pixels; 0: as trained on", lower_bound=0)
-    _WIDTH = flags.DEFINE_integer("width", 0, "pixels; 0: as trained on", lower_bound=0)
-    _ETA = flags.DEFINE_float("eta", 0.0, "noise of DDIM", lower_bound=0, upper_bound=1)
-    _SEED = flags.DEFINE_integer("seed", 0, "of the noise", lower_bound=0)
-    _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "images at a time", lower_bound=1)
+    _NUM_STEPS = flags.DEFINE_integer("num_steps", 50, "denoising steps", 1, MOST_STEPS)
+    _GUIDANCE_SCALE = define_number("guidance_scale", 5.0, "1 for no guidance", 1, MOST_GUIDANCE)
+    _HEIGHT = flags.DEFINE_integer("height", 0, "pixels; 0: as trained on", 0, MOST_PIXELS)
+    _WIDTH = flags.DEFINE_integer("width", 0, "pixels; 0: as trained on", 0, MOST_PIXELS)
+    _ETA = define_number("eta", 0.0, "noise of DDIM", 0, 1)
+    _SEED = flags.DEFINE_integer("seed", 0, "of the noise", 0, MOST_SEED)
+    _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "images at a time", 1, MOST_IMAGES)
     run_program(on_every_host(main))

@@ -143,7 +143,7 @@ if __name__ == "__main__":
         "lora", None, "LoRA file; twice for a mix of two", required=True
     )
     _REWARDS = flags.DEFINE_list("rewards", [], "further rewards to score by, NAME,NAME,...")
-    _POINTS = flags.DEFINE_integer("points", 11, "alphas from 0 to 1", lower_bound=2)
+    _POINTS = flags.DEFINE_integer("points", 11, "alphas from 0 to 1", 2, 1001)
     _RANGES = flags.DEFINE_multi_string(
         "lora_timesteps",
         [],

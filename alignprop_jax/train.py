@@ -31,6 +31,7 @@ from alignprop_jax.errors import UserError, run_program
 from alignprop_jax.evaluation.evaluator import Evaluator, make_evaluator, make_judges
 from alignprop_jax.evaluation.standardization import standardize_parts
 from alignprop_jax.experiment import TRAIN, UNSEEN, Experiment, load_experiment
+from alignprop_jax.gradient_watch import GradientWatch
 from alignprop_jax.lora.factors import count_parameters
 from alignprop_jax.lora.files import continue_lora
 from alignprop_jax.records.dashboards import open_dashboards
@@ -43,9 +44,6 @@ from alignprop_jax.records.workdir import Workdir
 from alignprop_jax.settings import adaptation_of, at_a_time
 from alignprop_jax.train_steps import create_state, frozen_of, trace_train_step
 
-# After so many steps in a row without a finite gradient, no later one will have it.
-MAX_SKIPPED_IN_A_ROW = 10
-
 _RECORDED = ("reward_mean", "reward_std", "loss", "grad_norm", "step_seconds", "start_step")
 
 TrainStep = Callable[[TrainState], tuple[TrainState, dict[str, jax.Array]]]
@@ -57,8 +55,8 @@ def train(config: ConfigDict, path: epath.PathLike) -> None:
     After SIGTERM it makes a checkpoint at the next step and returns.
 
     Raises:
-      UserError: the config, a file it names or the folder cannot be used; or the gradient was not
-        finite `MAX_SKIPPED_IN_A_ROW` steps in a row.
+      UserError: the config, a file it names or the folder cannot be used; a sample is NaN or
+        infinite; or the gradient is so that nothing is trained, see `GradientWatch`.
     """
     began = time.perf_counter()
     validate(config)
@@ -193,9 +191,10 @@ def run_steps(
     Returns the state after the last step, or after the one at which the machine was to be given up.
 
     Raises:
-      UserError: the gradient was not finite `MAX_SKIPPED_IN_A_ROW` steps in a row.
+      UserError: the gradient is so that nothing is trained, or a sample of an evaluation is NaN.
     """
     first_step, num_steps = int(state.step), config.train.num_steps
+    watch = GradientWatch(config, first_step)
     bar = progress_bar(num_steps, "training", "step", initial=first_step)
     with bar as progress, distributed.preemption_notice() as preempted:
         for step in range(first_step + 1, num_steps + 1):
@@ -207,7 +206,7 @@ def run_steps(
             reports.scalars(step, {f"training/{name}": value for name, value in metrics.items()})
             progress.set_postfix_str(describe_step(metrics), refresh=False)
             progress.update()
-            stop_if_hopeless(metrics, step, checkpoints)
+            watch.look(step, metrics, checkpoints)
             if is_due(step, config.logging.image_every):
                 reports.preview(step, state.lora)
             reward = None
@@ -234,18 +233,6 @@ def describe_step(metrics: Record) -> str:
     """Returns the end of the progress bar."""
     skipped = f", {metrics['skipped']} skipped" if metrics["skipped"] else ""
     return f"reward {metrics['reward_mean']:.3f}{skipped}"
-
-
-def stop_if_hopeless(metrics: Record, step: int, checkpoints: Checkpoints) -> None:
-    """Raises UserError after `MAX_SKIPPED_IN_A_ROW` steps without a finite gradient."""
-    if metrics["skipped_in_a_row"] < MAX_SKIPPED_IN_A_ROW:
-        return
-    kept = checkpoints.latest_step
-    raise UserError(
-        f"the gradient was NaN or infinite {MAX_SKIPPED_IN_A_ROW} steps in a row, up to step {step}"
-        f" ({'no checkpoint yet' if kept is None else f'the checkpoint of step {kept} is kept'}); "
-        "lower config.train.learning_rate, or check the reward"
-    )
 
 
 def evaluate_after(step: int, state: TrainState, workdir: Workdir, reports: Reports) -> None:

@@ -173,7 +173,7 @@ count_restart() {
 
 # Returns when the slice is ready, whatever it was before.
 create() {
-    local requested="" shown=""
+    local requested="" deleted="" shown=""
     while :; do
         find_state
         case $state in
@@ -186,6 +186,12 @@ create() {
                 note "here the state is asked for until it is READY"
                 return
             fi
+            # It was there, or was said to come.
+            if [[ $requested ]]; then
+                count_restart
+                pause
+            fi
+            deleted=""
             if request_slice; then
                 requested=1
             else
@@ -198,11 +204,18 @@ create() {
         PREEMPTED | TERMINATED | SUSPENDED)
             note "$name is $state"
             # The first replacement of a run is counted by `up`.
-            if [[ $requested ]]; then
+            if [[ $requested || $deleted ]]; then
                 count_restart
             fi
+            # It was deleted already, and is slow to go.
+            if [[ $deleted ]]; then
+                pause
+            fi
             replacing=1 requested=""
-            if ! delete; then
+            if delete; then
+                deleted=1
+            else
+                deleted=""
                 count_restart
                 pause
             fi
@@ -380,13 +393,19 @@ check_type() {
     esac
 }
 
+# check_number NAME: the variable is a decimal number; bash takes 08 for an octal one.
+check_number() {
+    [[ ${!1} =~ ^[0-9]{1,9}$ ]] || misuse "--$1=${!1} is not a number below a billion"
+    printf -v "$1" %d "$((10#${!1}))"
+}
+
 check_options() {
     [[ $name ]] || misuse "--name is missing"
     [[ $name =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] ||
         misuse "--name=$name must be of lower-case letters, digits and hyphens"
     [[ $zone ]] || misuse "--zone is missing, such as --zone=us-west4-a"
-    [[ $max_restarts =~ ^[0-9]+$ ]] || misuse "--max_restarts=$max_restarts is not a number"
-    [[ $poll_seconds =~ ^[0-9]+$ ]] || misuse "--poll_seconds=$poll_seconds is not a number"
+    check_number max_restarts
+    check_number poll_seconds
     [[ $worker =~ ^([0-9]+|all)$ ]] || misuse "--worker=$worker is neither a number nor all"
 }
 

@@ -6,7 +6,9 @@ Run as `gcloud compute tpus GROUP VERB NAME FLAGS`, with the folder of the cloud
   workers.txt         how many workers a slice has, 1 unless it is there
   states/GROUP.txt    the states of the resource, a line each, that describe goes through; the last
                       one stays, and without the file the resource is absent
-  after/GROUP.txt     the states that it goes through once created; READY unless it is there
+  after/GROUP.txt     the states that it goes through once created; READY unless it is there, and
+                      with ABSENT in it, create succeeds and nothing comes
+  stays               delete succeeds and nothing goes
   fail/VERB           makes the next call with this verb fail, with the text in the file
   preempt             preempts the slice when its log is next followed, and is removed
   slice/N             the home of worker N; a command for it is run there by bash
@@ -73,7 +75,10 @@ def create(group: str, words: list[str], flags: dict[str, str]) -> int:
         print("ERROR: ALREADY_EXISTS", file=sys.stderr)
         return 1
     after = CLOUD / "after" / f"{group}.txt"
-    states(group).write_text(after.read_text() if after.exists() else "READY")
+    coming = after.read_text() if after.exists() else "READY"
+    if coming == "ABSENT":
+        return 0
+    states(group).write_text(coming)
     if group == "tpu-vm":
         boot()
     return 0
@@ -99,6 +104,8 @@ def power_off(machines: Path) -> None:
 
 def delete(group: str, words: list[str], flags: dict[str, str]) -> int:
     assert group == "tpu-vm" or "force" in flags
+    if (CLOUD / "stays").exists():
+        return 0
     states(group).unlink()
     if group == "queued-resources":
         states("tpu-vm").unlink(missing_ok=True)

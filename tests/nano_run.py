@@ -19,6 +19,12 @@ def redness(images, prompts):
 def undefined(images, prompts):
     return jnp.log(images.mean(axis=(1, 2, 3)) - 2.0)
 
+def flat(images, prompts):
+    return jnp.maximum(images.mean(axis=(1, 2, 3)) - 2.0, 0.0)
+
+def in_bytes(images, prompts):
+    return (images * 255).astype(jnp.uint8).astype(jnp.float32).mean(axis=(1, 2, 3))
+
 def one_number(images, prompts):
     return images.mean()
 """

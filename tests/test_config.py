@@ -35,7 +35,7 @@ def test_default_config_is_valid_and_has_every_promised_key():
     config = default_config()
     validate(config)
     for key in CONTRACT:
-        check_key(config, key)
+        check_key(key)
 
 
 def test_default_config_has_the_published_lora_and_optimizer():
@@ -64,24 +64,32 @@ def test_every_truncation_strategy_is_allowed(strategy):
 @pytest.mark.parametrize(
     "key, value, named",
     [
-        ("algorithm", "sgd", "config.algorithm='sgd' must be one of alignprop"),
-        ("gradient.reward_at", "noise", "gradient.reward_at='noise' must be one of sample, pred"),
-        ("gradient.renoise", -1, "gradient.renoise is -1"),
-        ("loss.shape", "cubic", "config.loss.shape='cubic' must be one of target"),
-        ("truncation.strategy", "none", "config.truncation.strategy='none' must be one of full"),
-        ("remat", "all", "config.remat='all' must be one of auto, none, partial"),
-        ("dtype", "float16", "config.dtype='float16' must be one of float32, bfloat16"),
-        ("train.batch_size", 0, "config.train.batch_size=0 must be above 0"),
-        ("train.learning_rate", -1e-3, "config.train.learning_rate=-0.001 must be above 0"),
+        ("algorithm", "sgd", 'algorithm="sgd" must be "alignprop" or'),
+        ("gradient.reward_at", "noise", 'gradient.reward_at="noise" must be "sample" or "pred'),
+        ("gradient.renoise", -1, "config.gradient.renoise=-1 must be a whole number from 0 to"),
+        ("loss.shape", "cubic", 'loss.shape="cubic" must be "target"'),
+        ("truncation.strategy", "none", 'truncation.strategy="none" must be "full"'),
+        ("remat", "all", 'remat="all" must be "auto" or "none" or "partial"'),
+        ("dtype", "float16", 'dtype="float16" must be "float32" or "bfloat16"'),
+        ("train.batch_size", 0, "config.train.batch_size=0 must be a whole number from 1 to"),
+        (
+            "train.learning_rate",
+            -1e-3,
+            "config.train.learning_rate=-0.001 must be a number from 1e-30 to",
+        ),
         ("train.microbatch_size", 3, "config.train.microbatch_size=3 must be a divisor of"),
-        ("train.beta2", 1.0, r"config.train.beta2=1.0 must be in \[0, 1\)"),
-        ("checkpoint.keep", 0, "config.checkpoint.keep=0 must be above 0"),
-        ("sampler.eta", 1.5, r"config.sampler.eta=1.5 must be in \[0, 1\]"),
-        ("sampler.guidance_scale", 0.5, "config.sampler.guidance_scale=0.5 must be 1 or more"),
+        ("train.beta2", 1.0, "config.train.beta2=1.0 must be a number from 0 to 0.999999"),
+        ("checkpoint.keep", 0, "config.checkpoint.keep=0 must be a whole number from 1"),
+        ("sampler.eta", 1.5, "config.sampler.eta=1.5 must be a number from 0 to 1"),
+        (
+            "sampler.guidance_scale",
+            0.5,
+            "config.sampler.guidance_scale=0.5 must be a number from 1 to",
+        ),
         ("sampler.num_steps", 20, "truncation.max is 49; with 20 sampler steps"),
-        ("model", "", "config.model='' must be not empty"),
-        ("lora.targets", (), r"config.lora.targets=\(\) must be not empty"),
-        ("reward", 3, "config.reward=3 must be a name or a dict"),
+        ("model", "", 'config.model="" must be a string of 1 to'),
+        ("lora.targets", (), r"config.lora.targets=\[\] must be a list of 1 to 64"),
+        ("reward", 3, "config.reward=3 must be a string of 1 to 4096 characters, or an object"),
     ],
 )
 def test_a_bad_value_is_named_with_what_is_allowed(key, value, named):
@@ -197,7 +205,7 @@ def test_a_file_cannot_smuggle_in_an_unknown_key_or_another_type():
     config = default_config()
     with config.ignore_type():
         config.train.batch_size = "8"
-    with pytest.raises(UserError, match="config.train.batch_size='8' must be of type int"):
+    with pytest.raises(UserError, match='config.train.batch_size="8" must be a whole number'):
         validate(config)
     config = default_config()
     del config.lora.alpha
@@ -217,12 +225,12 @@ def test_a_file_cannot_smuggle_in_an_unknown_key_or_another_type():
 )
 def test_an_unknown_key_gets_the_nearest_one(key, suggestion):
     with pytest.raises(UserError, match=f"unknown config key config.{key}; did you mean") as info:
-        check_key(default_config(), key)
+        check_key(key)
     assert suggestion in str(info.value)
 
 
 def test_config_file_errors(tmp_path):
-    with pytest.raises(UserError, match="config file 'nope.py' not found"):
+    with pytest.raises(UserError, match="config file 'nope.py:aesthetic': no file 'nope.py'"):
         load_config("nope.py:aesthetic")
     with pytest.raises(UserError, match="no variant 'x'.*aesthetic"):
         load_config("configs/emoji.py:x")

@@ -1,3 +1,4 @@
+import pickle
 import subprocess
 import sys
 
@@ -6,8 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from alignprop_jax import sample as sample_module
+from alignprop_jax.core.finite import require_finite
 from alignprop_jax.errors import UserError
-from alignprop_jax.sample import make_image_keys, read_latents, sample, write_output
+from alignprop_jax.sample import check_output, make_image_keys, read_latents, sample, write_output
 
 PROMPTS = ["a cat", "a dog on a boat", "a fox"]
 
@@ -75,6 +78,90 @@ def test_latents_that_do_not_fit(tmp_path, latents):
     (tmp_path / "text.npy").write_text("text")
     with pytest.raises(UserError, match="text.npy' cannot be read"):
         read_latents(tmp_path / "text.npy", 1, (8, 8, 4))
+
+
+@pytest.mark.parametrize(
+    "write, message",
+    [
+        (lambda path, good: save_archive(path, good), "cannot be read as .npy"),
+        (lambda path, good: path.write_bytes(b"PK\3\4 no archive"), "cannot be read as .npy"),
+        (lambda path, good: path.write_bytes(b""), "cannot be read as .npy"),
+        (lambda path, good: path.mkdir(), "cannot be read as .npy"),
+        (lambda path, good: np.save(path, good.astype(object)), "cannot be read as .npy"),
+        (lambda path, good: path.write_bytes(pickle.dumps(good)), "cannot be read as .npy"),
+        (lambda path, good: np.save(path, good.astype(np.int32)), "of type int32; noise is of fl"),
+        (lambda path, good: np.save(path, good.astype(np.complex64)), "of type complex64"),
+        (lambda path, good: np.save(path, good > 0), "of type bool"),
+        (lambda path, good: np.save(path, good.astype("S4")), "of type |S4"),
+        (lambda path, good: np.save(path, np.where(good > 0, np.nan, good)), "NaN, infinite or"),
+        (lambda path, good: np.save(path, good * np.inf), "NaN, infinite or beyond float32"),
+        (lambda path, good: np.save(path, good.astype(np.float64) + 1e300), "beyond float32"),
+        (lambda path, good: np.save(path, good[0]), r"have shape \(4, 8, 8\)"),
+        (lambda path, good: np.save(path, np.float32(1)), r"have shape \(\)"),
+        (lambda path, good: write_header(path, "(1, 4, 8, 8)"), "cannot be read as .npy"),
+        (lambda path, good: write_header(path, "(1 << 40, 4, 8, 8)"), "cannot be read as .npy"),
+        (lambda path, good: write_header(path, "(999999999999, 4)"), "cannot be read as .npy"),
+        (lambda path, good: write_header(path, "(-1,)"), "cannot be read as .npy"),
+        (lambda path, good: write_header(path, "(" * 900), "cannot be read as .npy"),
+    ],
+)
+def test_latents_that_are_none(tmp_path, write, message):
+    good = np.ones((1, 4, 8, 8), np.float32)
+    write(tmp_path / "x.npy", good)
+    with pytest.raises(UserError, match=f"^latents '.*x.npy' .*{message}"):
+        read_latents(tmp_path / "x.npy", 1, (8, 8, 4))
+
+
+def save_archive(path, good):
+    with path.open("wb") as file:
+        np.savez(file, good)
+
+
+def write_header(path, shape):
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}}}\n".encode()
+    path.write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+
+
+def test_half_and_double_precision_is_noise_too(tmp_path):
+    good = np.random.default_rng(0).standard_normal((1, 4, 8, 8))
+    for dtype in (np.float16, np.float64, ">f4"):
+        np.save(tmp_path / "x.npy", good.astype(dtype))
+        np.testing.assert_allclose(
+            read_latents(tmp_path / "x.npy", 1, (8, 8, 4)), good.transpose(0, 2, 3, 1), atol=2e-3
+        )
+
+
+def test_a_sample_that_is_not_finite_is_an_error(nano_config, monkeypatch):
+    """A decoder whose bias is NaN, as weights that overflow are."""
+    load = sample_module.load_stable_diffusion
+
+    def load_overflown(model, **options):
+        sd, params, tokenizers = load(model, **options)
+        params["vae"]["decoder"]["conv_out"]["bias"] *= np.nan
+        return sd, params, tokenizers
+
+    monkeypatch.setattr(sample_module, "load_stable_diffusion", load_overflown)
+    with pytest.raises(UserError, match='of 2 samples 2 are NaN or infinite: "a cat", "a dog on'):
+        sample(str(nano_config.parent / "model"), PROMPTS, num_steps=2, batch_size=2)
+
+
+def test_only_so_many_prompts_are_named():
+    images = np.full((6, 2, 2, 3), np.nan)
+    images[4] = 0.5
+    with pytest.raises(UserError, match='of 6 samples 5 .*: "0", "1", "2" and 2 more. Either the'):
+        require_finite(images, list("012345"))
+    require_finite(images[4:5], ["4"])
+
+
+def test_an_output_that_cannot_be_written_is_found_before_sampling(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.npy").mkdir()
+    for output in ("file", "file/images", "file/x.npy", "folder.npy", "/dev/null/x", "/proc/x"):
+        with pytest.raises(UserError, match=f"output '.*{output}' cannot be written "):
+            check_output(tmp_path / output)
+    check_output(tmp_path / "new/x.npy")
+    check_output(tmp_path / "new/images")
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["images"]
 
 
 def test_output_is_an_array_or_pictures(tmp_path, images):

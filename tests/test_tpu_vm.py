@@ -304,6 +304,37 @@ def test_restarts_are_bounded(cloud):
     assert cloud.verbs.count("tpu-vm create") == 1
 
 
+@pytest.mark.parametrize("name", ["max_restarts", "poll_seconds"])
+def test_numbers_are_decimal(cloud, name):
+    check(cloud.launch("create", *SLICE, f"--{name}=08"))
+    for value in ("", "x", "-1", "1.5", "9" * 30, "1 1", "0x10"):
+        result = cloud.launch("create", *SLICE, f"--{name}={value}")
+        assert result.returncode == 2
+        assert f"error: --{name}={value} is not a number below a billion" in result.stderr
+
+
+def test_a_restart_of_08_is_the_eighth(cloud):
+    (cloud.path / "preempt").touch()
+    result = check(cloud.launch("up", *SLICE, "--max_restarts=08", "--", *TRAIN))
+    assert "# restart 1 of at most 8" in result.stdout
+
+
+@pytest.mark.parametrize("state", ["PREEMPTED", "ABSENT"])
+def test_a_state_that_stays_is_looked_at_in_peace_and_not_for_ever(cloud, state):
+    """Deleted or created with success again and again, and nothing comes of it."""
+    (cloud.path / "stays").touch()
+    (cloud.path / "after/tpu-vm.txt").write_text("ABSENT")
+    if state != "ABSENT":
+        (cloud.path / "states/tpu-vm.txt").write_text(state)
+    cloud.write("bin/sleep", f'#!/bin/bash\necho "$1" >>"{cloud.path}/slept.txt"\n')
+    result = cloud.launch("create", *SLICE[:3], "--poll_seconds=7", "--max_restarts=3")
+    assert result.returncode == 1
+    assert "error: tune was interrupted more than --max_restarts=3 times" in result.stderr
+    assert (cloud.path / "slept.txt").read_text().split() == ["7"] * 3
+    verb = "tpu-vm delete" if state == "PREEMPTED" else "tpu-vm create"
+    assert cloud.verbs.count(verb) == 4
+
+
 def test_restarted_machine_gets_the_command_again(cloud):
     check(cloud.launch("create", *SLICE))
     check(cloud.launch("setup", *SLICE))

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 from alignprop_jax.algorithms.presets import use_algorithm
 from alignprop_jax.config import load_config
 from alignprop_jax.errors import UserError
+from alignprop_jax.evaluation.evaluator import Evaluator
 from alignprop_jax.experiment import load_experiment
 from alignprop_jax.loading.tensor_files import read_metadata
 from alignprop_jax.train import is_due, train
@@ -245,7 +246,9 @@ def test_ten_steps_without_a_gradient_stop_the_run(config, finished_run, finishe
     # The finished run is prolonged with a reward that is NaN: the steps before stay.
     config.train.num_steps = 30
     config.reward = config.reward.replace("redness", "undefined")
-    with pytest.raises(UserError, match="10 steps in a row, up to step 18 .*step 8 is kept"):
+    with pytest.raises(
+        UserError, match="10 steps in a row, up to step 18 .*step 8 is kept.*:undefined' is nan"
+    ):
         train(config, finished_copy)
     metrics = nano_run.read_records(finished_copy / "metrics.jsonl")
     assert [record["step"] for record in metrics] == list(range(1, 19))
@@ -254,6 +257,49 @@ def test_ten_steps_without_a_gradient_stop_the_run(config, finished_run, finishe
     assert not (finished_copy / "summary.json").exists()
     steps = [path.name for path in (finished_copy / "checkpoints").iterdir() if path.is_dir()]
     assert sorted(steps) == ["6", "8"]
+
+
+def test_first_steps_without_a_gradient_stop_the_run(config, tmp_path, capsys):
+    config.reward = config.reward.replace("redness", "flat")
+    with pytest.raises(UserError, match="exactly 0 up to step 8.*rewards.py:flat' does not change"):
+        train(config, tmp_path / "run")
+    out = capsys.readouterr().out
+    assert out.count("note: the gradient is exactly 0 at first; the reward '") == 1
+    assert not (tmp_path / "run/summary.json").exists()
+    # One that no gradient is asked of, because no step was drawn, is none of these.
+    config.truncation.update({"min": 3, "max": 3})
+    with pytest.raises(UserError, match="trains none of the 3 sampler steps"):
+        train(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize("when", ["before", "preview", "after"])
+def test_a_sample_that_is_not_finite_ends_the_run(config, tmp_path, monkeypatch, when):
+    """Nothing is drawn of it, and what was trained is kept."""
+    config.train.num_steps = 2
+    config.logging.image_every = 1
+    of_batches = Evaluator._sample_batch
+    calls = []
+
+    def sample_batch(self, lora, split, prompts, rows, lora_timesteps=None):
+        images, inputs = of_batches(self, lora, split, prompts, rows, lora_timesteps)
+        calls.append(len(rows))
+        # Batches of the evaluation before, 3 + 1; of two previews; of that after.
+        spoilt = {"before": 1, "preview": 5, "after": 7}[when]
+        return (images.at[1].set(np.nan) if len(calls) == spoilt else images), inputs
+
+    monkeypatch.setattr(Evaluator, "_sample_batch", sample_batch)
+    with pytest.raises(UserError, match='of 2 samples 1 are NaN or infinite: "a dog"'):
+        train(config, tmp_path / "run")
+    pictures = {path.stem for path in (tmp_path / "run/images").glob("*.png")}
+    assert (
+        pictures
+        == {
+            "before": set(),
+            "preview": {"train_before", "unseen_before"},
+            "after": {"train_before", "unseen_before", "preview_000001", "preview_000002"},
+        }[when]
+    )
+    assert (tmp_path / "run/lora").exists() == (when == "after")
 
 
 @pytest.mark.parametrize(
@@ -282,10 +328,11 @@ def test_a_checkpoint_of_another_lora_is_refused(config, finished_copy, key, val
         ("reward", "{folder}/absent.py:f", "no file"),
         ("reward", "{folder}/rewards.py:absent", "no function 'absent'"),
         ("reward", "{folder}/rewards.py:one_number", "one score an image"),
+        ("reward", "{folder}/rewards.py:in_bytes", "in_bytes' has a gradient of exactly 0"),
         ("model", "{folder}/absent/model", "no such folder"),
         ("model", "{folder}/truncated", "truncated"),
         ("model", "{folder}/without_unet", "unet"),
-        ("train.batch_size", 0, "config.train.batch_size=0 must be above 0"),
+        ("train.batch_size", 0, "config.train.batch_size=0 must be a whole number"),
     ],
 )
 def test_bad_input_is_named(config, nano_config, tmp_path, key, value, named):

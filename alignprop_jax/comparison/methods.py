@@ -1,13 +1,12 @@
 """What is compared: an algorithm, and how its settings depart from those of the config."""
 
-import ast
 import dataclasses
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from alignprop_jax.algorithms.presets import PRESETS, use_algorithm
-from alignprop_jax.config import check_key, load_config, validate
+from alignprop_jax.config import check_key, load_config, parse_literal, validate
 from alignprop_jax.errors import UserError
 
 DEFAULT_METHODS = (
@@ -80,19 +79,12 @@ class Method:
         config = load_config(spec)
         if config.algorithm != self.algorithm:
             use_algorithm(config, self.algorithm)
-        changes = settings | {key: _value(value) for key, value in self.settings}
+        changes = settings | {key: parse_literal(value) for key, value in self.settings}
         for key in changes:
-            check_key(config, key)
+            check_key(key)
         try:
             config.update_from_flattened_dict(changes)
-        except TypeError as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise UserError(f"method {self.name!r}: {error}") from error
         validate(config)
         return config
-
-
-def _value(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (SyntaxError, ValueError):
-        return text

@@ -12,10 +12,12 @@ from ml_collections import ConfigDict
 
 from alignprop_jax.algorithms.base import PromptTable
 from alignprop_jax.core.chain import Inputs
+from alignprop_jax.core.finite import require_finite
 from alignprop_jax.core.generator import Adapter
 from alignprop_jax.devices import sharding
 from alignprop_jax.devices.compilation import compiler_options
 from alignprop_jax.devices.distributed import is_main
+from alignprop_jax.errors import note
 from alignprop_jax.evaluation.bootstrap import confidence_interval
 from alignprop_jax.evaluation.diversity import mean_distances
 from alignprop_jax.evaluation.judges import find_judges, removal_judges
@@ -91,6 +93,9 @@ class Evaluator:
         Returns:
             The scores: "reward", "reward/NAME" for each part of a sum of rewards, and those of
             `scorers`.
+
+        Raises:
+            UserError: a sample is NaN or infinite.
         """
         number = len(split.prompts)
         # All prompts once before any of them again.
@@ -110,11 +115,13 @@ class Evaluator:
                 # Padding too, so that one program of a judge serves all batches.
                 padded = np.pad(prompts[batch], (0, len(images) - size), mode="edge")
                 texts = [split.prompts[index] for index in padded]
+                require_finite(images[:size], texts[:size])
                 for name, scorer in (scorers or {}).items():
                     scores[name].append(np.asarray(scorer(images, texts))[:size])
                 first_samples.append(to_uint8(images[: max(0, min(size, number - start))]))
                 progress.update(size)
         joined = {name: np.concatenate(parts) for name, parts in scores.items()}
+        _say_what_is_not_finite(joined, description)
         return Evaluation(
             split.prompts,
             {
@@ -134,10 +141,16 @@ class Evaluator:
         return evaluator
 
     def preview(self, lora: Adapter | None, split: Split) -> tuple[np.ndarray, list[str]]:
-        """Returns the first samples of a split, as many as make a batch, and their prompts."""
+        """Returns the first samples of a split, as many as make a batch, and their prompts.
+
+        Raises:
+            UserError: a sample is NaN or infinite.
+        """
         rows = np.arange(min(self._batch_size, len(split.prompts)))
         images, _ = self._sample_batch(lora, split, rows, rows)
-        return to_uint8(sharding.gather(images)[: len(rows)]), split.prompts[: len(rows)]
+        images, prompts = sharding.gather(images)[: len(rows)], split.prompts[: len(rows)]
+        require_finite(images, prompts)
+        return to_uint8(images), prompts
 
     def _sample_and_score(self, lora, split, prompts, rows, lora_timesteps=None):
         """Images and rewards of a batch and its padding."""
@@ -188,6 +201,18 @@ class Evaluator:
         return chain.sample(params, adapter, inputs, adapter_timesteps=adapter_timesteps)
 
 
+def _is_reward(name: str) -> bool:
+    return name.partition("/")[0] == "reward"
+
+
+def _say_what_is_not_finite(scores: dict[str, np.ndarray], description: str) -> None:
+    """Of rewards alone: a judge says NaN where it has no opinion."""
+    for name, values in scores.items():
+        lost = np.count_nonzero(~np.isfinite(values))
+        if lost and _is_reward(name):
+            note(f"{name} is NaN or infinite for {lost} of {len(values)} samples, {description}")
+
+
 def make_evaluator(config: ConfigDict, experiment: Experiment) -> Evaluator:
     """Returns the evaluator of a config; batches that fit in memory to train on do to evaluate."""
     return Evaluator(
@@ -227,24 +252,27 @@ def summarize(evaluation: Evaluation) -> dict[str, float]:
     """
     summary: dict[str, float] = {"n": len(evaluation.scores["reward"])}
     for name, scores in evaluation.scores.items():
-        if name.partition("/")[0] != "reward":
+        if not _is_reward(name):
             scores = scores[~np.isnan(scores)]
         if scores.size:
             scores = scores.astype(np.float64)
-            summary[f"{name}_mean"] = float(scores.mean())
-            summary[f"{name}_std"] = float(scores.std())
+            with np.errstate(invalid="ignore"):  # of an infinite reward
+                summary[f"{name}_mean"] = float(scores.mean())
+                summary[f"{name}_std"] = float(scores.std())
     return summary
 
 
 def confidence_intervals(evaluation: Evaluation) -> dict[str, list[float]]:
     """NAME_ci95 of every score: both ends of the interval of its mean, see `bootstrap`.
 
-    Scores of fewer than two prompts have none.
+    Scores of fewer than two prompts have none, nor has a reward that is not finite for all.
     """
     intervals = {}
     for name, scores in evaluation.scores.items():
         prompts = np.arange(len(scores)) % len(evaluation.prompts)
         known = np.isfinite(scores)
+        if _is_reward(name) and not known.all():
+            continue
         interval = confidence_interval(scores[known], prompts[known])
         if interval is not None:
             intervals[f"{name}_ci95"] = list(interval)

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from absl import flags
 
 from alignprop_jax.errors import UserError
+from alignprop_jax.flag_types import define_number
 from alignprop_jax.lora.adapters import Factors
 from alignprop_jax.lora.files import load_lora
 
@@ -86,7 +87,7 @@ def parse_timesteps(text: str) -> tuple[int, int]:
     Raises:
         UserError: it is something else, or the first is below the second.
     """
-    match = re.fullmatch(r"(\d+):(\d+)", text)
+    match = re.fullmatch(r"([0-9]{1,6}):([0-9]{1,6})", text)
     if match is None or int(match[1]) < int(match[2]):
         raise UserError(
             f"--lora_timesteps is {text!r}; give HIGH:LOW with HIGH >= LOW, such as 1000:600"
@@ -117,8 +118,8 @@ def _define_flags(make: Callable[..., T]) -> Callable[[], T]:
         "LoRA file, of this project, diffusers, PEFT or kohya; none for the base model; two files "
         "are mixed by --mix",
     )
-    mix = flags.DEFINE_float(
-        "mix", None, "share of the first LoRA, in [0, 1]; the rest is of the second or of no LoRA"
+    mix = define_number(
+        "mix", None, "share of the first LoRA; the rest is of the second or of no LoRA", 0, 1
     )
     timesteps = flags.DEFINE_string(
         "lora_timesteps", None, "HIGH:LOW, timesteps at which the LoRA is on, both ends included"

@@ -44,7 +44,8 @@ class Topology:
         Raises:
             UserError: it is neither, or there is no such slice.
         """
-        match = re.fullmatch(r"(\w+)(?::(\d+(?:x\d+)*)|-(\d+))", name)
+        number = "[1-9][0-9]{0,4}"
+        match = re.fullmatch(rf"(\w+)(?::({number}(?:x{number})*)|-({number}))", name)
         chip = CHIPS.get(_ALIASES.get(match[1], match[1])) if match else None
         if chip is None:
             raise UserError(
@@ -61,11 +62,11 @@ class Topology:
                 )
             return cls(chip, shape)
         shapes = _SHAPES_2D if chip.dimensions == 2 else _SHAPES_3D
-        number = int(match[3]) / chip.cores_in_name
-        if number not in shapes:
+        chips = int(match[3]) / chip.cores_in_name
+        if chips not in shapes:
             names = ", ".join(f"{match[1]}-{known * chip.cores_in_name}" for known in shapes)
             raise UserError(f"topology {name!r} is none; there are {names}, or give the shape")
-        return cls(chip, shapes[int(number)])
+        return cls(chip, shapes[int(chips)])
 
     @property
     def num_chips(self) -> int:

@@ -1,17 +1,19 @@
 """A reward that a user wrote: a function in a Python file."""
 
-import importlib.util
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+import jax
 import jax.numpy as jnp
 
 from alignprop_jax.errors import UserError
 from alignprop_jax.loading.tokenizer import tokenize
+from alignprop_jax.python_files import blamed_on, run_python_file
 from alignprop_jax.rewards.base import Reward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_UNTRACEABLE = (jax.errors.JAXTypeError, jax.errors.JAXIndexError)
 
 
 def load_user_reward(spec: str, tokenizer: "PreTrainedTokenizerBase") -> Reward:
@@ -21,29 +23,32 @@ def load_user_reward(spec: str, tokenizer: "PreTrainedTokenizerBase") -> Reward:
     float32 in [0, 1], prompts int32 [B, L], the diffusion model's token ids. It returns [B].
 
     Raises:
-        UserError: no such file or function, or the file fails when it is run.
+        UserError: no such file or function, or the file fails when it is run; later, where the
+            function fails when it is traced.
     """
     path, _, name = spec.rpartition(":")
-    if not Path(path).is_file():
-        raise UserError(f"reward {spec!r}: no file {path!r}")
-    module_spec = importlib.util.spec_from_file_location("alignprop_jax_user_reward", path)
-    module = importlib.util.module_from_spec(module_spec)
-    try:
-        module_spec.loader.exec_module(module)
-    except Exception as error:
-        raise UserError(
-            f"reward {spec!r}: {path} fails: {type(error).__name__}: {error}"
-        ) from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise UserError(f"reward {spec!r}: {path} has no function {name!r}")
+    with blamed_on(f"reward {spec!r}"):
+        function = getattr(run_python_file(path), name, None)
+        if not callable(function):
+            raise UserError(f"{path} has no function {name!r}")
 
     def score(params, images, input_ids):
-        scores = function(images, input_ids)
+        with blamed_on(f"reward {spec!r}"):
+            try:
+                scores = function(images, input_ids)
+            except _UNTRACEABLE as error:
+                raise UserError(
+                    "it cannot be traced by JAX: use jax.numpy, and no Python branches on values "
+                    f"({type(error).__name__})"
+                ) from error
         # What is no float array is left as it is for check_reward to name.
         floating = hasattr(scores, "dtype") and jnp.issubdtype(scores.dtype, jnp.floating)
         return scores.astype(jnp.float32) if floating else scores
 
     return Reward(
-        name=name, params={}, score=score, prepare=lambda prompts: tokenize(tokenizer, prompts)
+        name=name,
+        params={},
+        score=score,
+        prepare=lambda prompts: tokenize(tokenizer, prompts),
+        source=spec,
     )

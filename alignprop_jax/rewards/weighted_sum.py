@@ -5,6 +5,7 @@ so a weight means the same for a cosine near 0.3 as for a size of 50 kB.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 import jax.numpy as jnp
@@ -22,13 +23,15 @@ def weighted_sum(rewards: Mapping[str, Reward], weights: Mapping[str, float]) ->
     """Makes sum w (r - mean) / std; until `standardize` says otherwise, of mean 0 and std 1.
 
     Raises:
-        UserError: there is no part, or a weight is no number.
+        UserError: there is no part with a weight, or a weight is no number.
     """
     for name, weight in weights.items():
         if isinstance(weight, bool) or not isinstance(weight, int | float):
             raise UserError(f"the weight of reward {name!r} must be a number, not {weight!r}")
-    if not rewards:
-        raise UserError("a sum of rewards needs one at least: give {name: weight}")
+        if not math.isfinite(weight):
+            raise UserError(f"the weight of reward {name!r} must be finite, not {weight}")
+    if not any(weights.values()):
+        raise UserError("a sum of rewards needs one at least, of weight not 0: {name: weight}")
 
     def part(name: str) -> Score:
         reward = rewards[name]
@@ -55,6 +58,7 @@ def weighted_sum(rewards: Mapping[str, Reward], weights: Mapping[str, float]) ->
         prepare=lambda prompts: {name: reward.prepare(prompts) for name, reward in rewards.items()},
         parts=parts,
         add_up=add_up,
+        weights=weights,
     )
     return standardize(reward, dict.fromkeys(rewards, (0.0, 1.0)))
 
@@ -71,9 +75,19 @@ def standardize(reward: Reward, statistics: Statistics) -> Reward:
 
 
 def measure(scores: Mapping[str, Float[np.ndarray, " n"]]) -> Statistics:
-    """The statistics of raw scores; what never changes is left on its own scale."""
+    """The statistics of raw scores; what never changes is left on its own scale.
+
+    Raises:
+        UserError: a score is not finite, so that it has no scale.
+    """
     statistics = {}
     for name, values in scores.items():
+        if not np.isfinite(values).all():
+            number = np.count_nonzero(~np.isfinite(values))
+            raise UserError(
+                f"reward {name!r} is NaN or infinite for {number} of {len(values)} samples of the "
+                "untrained model, so it has no scale to be added to others by; check the reward"
+            )
         std = float(values.std())
         statistics[name] = (float(values.mean()), std if std > 1e-6 else 1.0)
     return statistics

@@ -1,5 +1,7 @@
 """Rewards by name, by file and summed; and what is refused."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,7 +69,7 @@ def test_weighted_sum_and_its_parts(brightness, tmp_path):
     path = write(tmp_path, "def words(images, prompts):\n    return (prompts > 0).sum(1) * 1.0")
     spec = {"brightness": 2.0, f"{path}:words": -0.5}
     reward = make_reward(spec, Tokenizer(), {"brightness": {"gain": 10.0}})
-    check_reward(reward, SHAPE)
+    check_reward(reward, SHAPE, differentiable=False)
     images = jnp.stack([jnp.full(SHAPE, 0.1), jnp.full(SHAPE, 0.2)])
     arguments = (reward.params, images, reward.prepare(["cat", "a red cat"]))
     np.testing.assert_allclose(reward.score(*arguments), [2 * 1 - 0.5, 2 * 2 - 1.5], rtol=1e-6)
@@ -124,6 +126,9 @@ def test_a_part_of_the_wrong_shape_is_named(brightness, tmp_path):
         ("np.asarray(images).mean((1, 2, 3))", "cannot be traced by JAX"),
         ("images.mean((1, 2, 3)) * (1 if images.sum() > 0 else 2)", "cannot be traced by JAX"),
         ("unknown", "fails: NameError"),
+        ("exit('done')", "fails: SystemExit: done"),
+        ("score(images, prompts)", "fails: RecursionError"),
+        ("images.mean((1, 2, 3)) * 1j", "must return floats, not complex64"),
         (
             "jax.pure_callback(lambda x: x.mean((1, 2, 3)), prompts[:, 0] * 1.0, images)",
             "has no gradient by the image",
@@ -131,7 +136,7 @@ def test_a_part_of_the_wrong_shape_is_named(brightness, tmp_path):
     ],
 )
 def test_bad_function_is_named(tmp_path, expression, message):
-    with pytest.raises(UserError, match=f"^reward 'score' .*{message}"):
+    with pytest.raises(UserError, match=rf"^reward '.*my_reward.py:score'.* {message}"):
         check_reward(user_reward(tmp_path, expression), SHAPE)
 
 
@@ -145,9 +150,59 @@ def test_a_black_box_is_for_algorithms_that_need_no_gradient():
     np.testing.assert_allclose(scores, -jpeg_kilobytes(75)(images, ["a cat"] * 3), rtol=1e-6)
 
 
+MEAN = "({}).mean((1, 2, 3))"
+ALWAYS_0 = [
+    MEAN.format("(images * 255).astype(jnp.uint8).astype(jnp.float32)"),
+    MEAN.format("jnp.round(images * 255)"),
+    MEAN.format("jax.lax.stop_gradient(images)"),
+    MEAN.format("jnp.where(images > 0.5, 1.0, 0.0)"),
+    MEAN.format("jax.jit(jnp.sign)(images)"),
+    MEAN.format("jax.lax.map(jnp.floor, images)"),
+    "jnp.argmax(images.reshape(len(images), -1), 1) * 1.0",
+    "jnp.ones(len(images))",
+]
+
+
+@pytest.mark.parametrize("expression", ALWAYS_0)
+def test_a_gradient_that_is_always_0_is_refused(tmp_path, expression):
+    reward = user_reward(tmp_path, expression)
+    check_reward(reward, SHAPE, differentiable=False)
+    with pytest.raises(UserError, match="my_reward.py:score' has a gradient of exactly 0 what"):
+        check_reward(reward, SHAPE)
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        MEAN.format("images"),
+        MEAN.format("images + jax.lax.stop_gradient(jnp.round(images) - images)"),
+        MEAN.format("jax.jit(jnp.square)(images)"),
+        MEAN.format("jax.lax.map(jnp.sin, images)"),
+        # 0 for some images alone.
+        "jnp.maximum(images.mean((1, 2, 3)) - 0.9, 0)",
+        "jnp.median(images.reshape(len(images), -1), axis=1)",
+    ],
+)
+def test_a_gradient_that_can_be_other_than_0_is_allowed(tmp_path, expression):
+    check_reward(user_reward(tmp_path, expression), SHAPE)
+
+
+def test_the_part_of_a_sum_without_a_gradient_is_named(brightness, tmp_path):
+    spec = (
+        f"{write(tmp_path, 'def words(images, prompts):  return (prompts > 0).sum(1) * 1.0')}:words"
+    )
+    with pytest.raises(UserError, match="my_reward.py:words' has a gradient of exactly 0"):
+        check_reward(make_reward({"brightness": 1.0, spec: 0.5}, Tokenizer()), SHAPE)
+    # Where it has no weight, it is there to be watched.
+    check_reward(make_reward({"brightness": 1.0, spec: 0.0}, Tokenizer()), SHAPE)
+
+
 @pytest.mark.parametrize(
     "spec, message",
     [
+        ({"aesthetic": math.inf}, "weight of reward 'aesthetic' must be finite, not inf"),
+        ({"aesthetic": True}, "weight of reward 'aesthetic' must be a number, not True"),
+        ({"aesthetic": 0.0}, "needs one at least"),
         ("asthetic", "reward 'asthetic' not found; give aesthetic, .* or path/to/file.py:function"),
         ("missing.py:score", "no file 'missing.py'"),
         ({"aesthetic": "much"}, "weight of reward 'aesthetic' must be a number"),
@@ -165,6 +220,45 @@ def test_file_without_the_function(tmp_path):
         make_reward(f"{write(tmp_path, '')}:scored", Tokenizer())
 
 
-def test_file_that_fails(tmp_path):
-    with pytest.raises(UserError, match="fails: ZeroDivisionError"):
-        make_reward(f"{write(tmp_path, '1 / 0')}:score", Tokenizer())
+@pytest.mark.parametrize(
+    "body, message",
+    [
+        ("1 / 0", "ZeroDivisionError"),
+        ("import sys; sys.exit(0)", "SystemExit: 0"),
+        ("def score(images, prompts:", "SyntaxError"),
+        ("raise GeneratorExit", "GeneratorExit"),
+        ("def again(): again()\nagain()", "RecursionError"),
+        ("raise ValueError('x' * 10_000)", "ValueError: x{200,300}$"),
+    ],
+)
+def test_file_that_fails(tmp_path, body, message):
+    with pytest.raises(UserError, match=f"^reward '.*my_reward.py:score' fails: {message}"):
+        make_reward(f"{write(tmp_path, body)}:score", Tokenizer())
+
+
+def test_a_file_may_define_dataclasses(tmp_path):
+    path = tmp_path / "my_reward.py"
+    path.write_text("""from __future__ import annotations
+import dataclasses
+
+@dataclasses.dataclass
+class Brightness:
+    gain: float
+
+    def __call__(self, images, prompts):
+        return self.gain * images.mean((1, 2, 3))
+
+score = Brightness(2.0)
+""")
+    check_reward(make_reward(f"{path}:score", Tokenizer()), SHAPE)
+
+
+def test_a_function_of_other_arguments(tmp_path):
+    path = write(tmp_path, "def score(images):\n    return images.mean((1, 2, 3))")
+    with pytest.raises(UserError, match="my_reward.py:score' fails: TypeError: score.. takes 1"):
+        check_reward(make_reward(f"{path}:score", Tokenizer()), SHAPE)
+
+
+def test_a_score_that_is_not_finite_has_no_scale():
+    with pytest.raises(UserError, match="'a' is NaN or infinite for 1 of 2 samples"):
+        measure({"a": np.array([1.0, np.inf])})
