@@ -60,7 +60,7 @@ class FolderSource:
         return str(self._folder)
 
     def has(self, component: str) -> bool:
-        return (self._folder / component).is_dir()
+        return (self._folder / _CONFIG_FILES.get(component, component)).exists()
 
     def config(self, component: str, parse: Callable[[Mapping[str, Any]], T]) -> T:
         file = self._folder / _CONFIG_FILES.get(component, Path(component, "config.json"))

@@ -207,7 +207,10 @@ def test_is_hashable():
     [
         ({"thresholding": True}, "thresholding=true .* must be false or null"),
         ({"use_flow_sigmas": True, "beta_start": 1e-4}, "use_flow_sigmas=true"),
-        ({"beta_schedule": "sigmoid"}, 'beta_schedule="sigmoid" .* must be "linear" or "scaled_linear"'),
+        (
+            {"beta_schedule": "sigmoid"},
+            'beta_schedule="sigmoid" .* must be "linear" or',
+        ),
         ({"prediction_type": "flow"}, 'prediction_type="flow"'),
         ({"timestep_spacing": "log"}, 'timestep_spacing="log"'),
         ({"num_train_timesteps": 0}, "num_train_timesteps=0 .* from 2 to 100000"),
