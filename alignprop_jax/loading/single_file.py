@@ -36,6 +36,7 @@ from alignprop_jax.loading.tensor_files import read_metadata, read_shapes, read_
 from alignprop_jax.loading.tokenizer import load_tokenizer
 from alignprop_jax.loading.torch_file import read_pickle_step
 from alignprop_jax.loading.weights import ParamTree, fill_params
+from alignprop_jax.models.clip import CLIPTextConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -124,8 +125,11 @@ class SingleFileSource:
         return fill_params(abstract, self.tensors(component), self._origin(component), dtype)
 
     def tokenizer(self, component: str = "tokenizer") -> "PreTrainedTokenizerBase":
+        encoder = self.config(
+            component.replace("tokenizer", "text_encoder"), CLIPTextConfig.from_dict
+        )
         if (self._beside / component).is_dir():
-            return load_tokenizer(self._beside / component)
+            return load_tokenizer(self._beside / component, encoder)
         try:
             folder = hub.download_tokenizer(_CLIP_TOKENIZER)
         except UserError as error:
@@ -135,7 +139,7 @@ class SingleFileSource:
             ) from error
         # OpenCLIP fills up with id 0, which is this token.
         open_clip = self._family == "2" or component == "tokenizer_2"
-        return load_tokenizer(folder, pad_token="!" if open_clip else None)
+        return load_tokenizer(folder, encoder, "!" if open_clip else None)
 
     def _of(self, components: Mapping[str, T], component: str) -> T:
         if component not in components:
