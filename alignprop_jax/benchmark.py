@@ -9,6 +9,7 @@ medians, and writes every number to the output. --curves=steps,images,pixels,ran
 package alone, with one quantity after the other varied.
 """
 
+import functools
 import json
 import os
 import re
@@ -26,8 +27,8 @@ from alignprop_jax.benchmarking.work import Work
 from alignprop_jax.config import MOST_GUIDANCE, MOST_IMAGES, MOST_STEPS
 from alignprop_jax.errors import UserError, run_program
 from alignprop_jax.flag_types import define_number
+from alignprop_jax.loading.pipeline_defaults import read_unet
 from alignprop_jax.loading.pretrained import open_model
-from alignprop_jax.models.unet import UNetConfig
 from alignprop_jax.models.vae import VAEConfig
 from alignprop_jax.records.metrics import write_json
 
@@ -128,7 +129,8 @@ def time_own(work: Work) -> float:
 def edge_of(model: str) -> int:
     """Pixels of an edge of a model's images."""
     source = open_model(model)
-    sample_size = source.config("unet", UNetConfig.from_dict).sample_size
+    read = functools.partial(read_unet, is_xl=source.has("text_encoder_2"))
+    sample_size = source.config("unet", read).sample_size
     return sample_size * source.config("vae", VAEConfig.from_dict).downscale
 
 

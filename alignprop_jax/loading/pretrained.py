@@ -1,7 +1,8 @@
 """Models as people have them: diffusers pipelines, single files and transformers CLIPs."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 
 from alignprop_jax.errors import UserError
 from alignprop_jax.generators.stable_diffusion.generator import TEXT_ENCODERS, StableDiffusion
-from alignprop_jax.loading import hub
+from alignprop_jax.loading import hub, pipeline_defaults
 from alignprop_jax.loading.single_file import SUFFIXES, SingleFileSource
 from alignprop_jax.loading.sources import FolderSource, ModelSource
 from alignprop_jax.loading.weights import ParamTree
@@ -26,7 +27,6 @@ from alignprop_jax.models.execution import Execution
 from alignprop_jax.models.owlvit import OwlViT, OwlViTConfig
 from alignprop_jax.models.unet import NUM_TIME_IDS, UNet, UNetConfig
 from alignprop_jax.models.vae import AutoencoderKL, VAEConfig
-from alignprop_jax.processes.ddim import DDIMScheduler
 
 ASSETS = Path(__file__).parents[1] / "assets"
 EMOJI = "emoji"
@@ -131,22 +131,30 @@ def load_stable_diffusion(
     """
     source = open_model(model)
     is_xl = source.has("text_encoder_2")
-    unet = UNet(source.config("unet", UNetConfig.from_dict), execution)
-    vae_config = source.config("vae", VAEConfig.from_dict)
+
+    def read(component: str, parse: Callable[..., Any]) -> Any:
+        return source.config(component, functools.partial(parse, is_xl=is_xl))
+
+    # First of all, as what is of another pipeline may lack any other part.
+    zero_empty_prompts = False
+    if is_xl or source.has("model_index"):
+        zero_empty_prompts = read("model_index", pipeline_defaults.read_model_index)
+    unet = UNet(read("unet", pipeline_defaults.read_unet), execution)
+    vae_config = source.config("vae", pipeline_defaults.read_vae)
     in_float32 = dataclasses.replace(execution, dtype=jnp.dtype("float32"))
     vae_execution = in_float32 if is_xl and vae_config.force_upcast else execution
     modules = {
         "unet": unet,
         "vae": AutoencoderKL(vae_config, vae_execution),
         "text_encoder": CLIPTextModel(
-            source.config("text_encoder", CLIPTextConfig.from_dict), execution
+            read("text_encoder", pipeline_defaults.read_text_encoder), execution
         ),
     }
     if is_xl:
         modules["text_encoder_2"] = CLIPTextModelWithProjection(
-            source.config("text_encoder_2", CLIPTextConfig.from_dict), execution
+            read("text_encoder_2", pipeline_defaults.read_text_encoder), execution
         )
-    scheduler = source.config("scheduler", DDIMScheduler.from_config)
+    scheduler = read("scheduler", pipeline_defaults.read_scheduler)
     text_encoders = tuple(modules[name] for name in TEXT_ENCODERS if name in modules)
     _check_channels(source, unet.config, vae_config)
     _check_conditioning(source, unet.config, [encoder.config for encoder in text_encoders])
@@ -156,7 +164,7 @@ def load_stable_diffusion(
         text_encoders,
         scheduler,
         image_size,
-        is_xl and source.config("model_index", _zeroes_empty_prompts),
+        zero_empty_prompts,
     )
     tokenizers = [source.tokenizer("tokenizer")]
     if is_xl:
@@ -193,15 +201,16 @@ def _check_conditioning(
             f"the text encoders give {width}"
         )
     pooled = text_encoders[1].projection_dim if len(text_encoders) > 1 else 0
+    if pooled and unet.pooled_dim == pooled - unet.size_embedding_dim:
+        raise UserError(
+            f"{source}: the unet is told five numbers beside the text, as the refiner of Stable "
+            "Diffusion XL; give the base model"
+        )
     if unet.pooled_dim != pooled:
         raise UserError(
             f"{source}: the unet takes a pooled text of size {unet.pooled_dim}, "
             f"text_encoder_2 gives {pooled}"
         )
-
-
-def _zeroes_empty_prompts(model_index: Mapping[str, Any]) -> bool:
-    return model_index.get("force_zeros_for_empty_prompt", True)
 
 
 def resolve_network(model: str | Path, emoji_part: str) -> Path:

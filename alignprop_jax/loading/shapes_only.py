@@ -2,7 +2,6 @@
 
 import contextlib
 import contextvars
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,8 +12,6 @@ from jaxtyping import Int
 
 # The configs of models in wide use, as their owners publish them.
 _PUBLISHED = Path(__file__).parents[1] / "assets" / "published"
-# Of CLIP's tokenizer.
-_MAX_LENGTH = 77
 
 _active = contextvars.ContextVar("shapes_only", default=False)
 
@@ -65,10 +62,8 @@ class _Tokens(NamedTuple):
 class BlankTokenizer:
     """What stands for a tokenizer whose vocabulary is not at hand: every token is 0."""
 
-    def __init__(self, folder: Path):
-        file = folder / "tokenizer_config.json"
-        config = json.loads(file.read_text()) if file.is_file() else {}
-        self.model_max_length = config.get("model_max_length", _MAX_LENGTH)
+    def __init__(self, model_max_length: int):
+        self.model_max_length = model_max_length
 
     def __call__(self, prompts: Sequence[str], **options: Any) -> _Tokens:
         return _Tokens(np.zeros((len(prompts), self.model_max_length), np.int64))

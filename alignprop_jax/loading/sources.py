@@ -11,6 +11,7 @@ from alignprop_jax.loading.tokenizer import load_tokenizer
 from alignprop_jax.loading.torch_file import EXTRA
 from alignprop_jax.loading.weights import ParamTree, load_params
 from alignprop_jax.loading.weights_files import find_weights
+from alignprop_jax.models.clip import CLIPTextConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,7 +61,7 @@ class FolderSource:
         return str(self._folder)
 
     def has(self, component: str) -> bool:
-        return (self._folder / component).is_dir()
+        return (self._folder / _CONFIG_FILES.get(component, component)).exists()
 
     def config(self, component: str, parse: Callable[[Mapping[str, Any]], T]) -> T:
         file = self._folder / _CONFIG_FILES.get(component, Path(component, "config.json"))
@@ -91,7 +92,10 @@ class FolderSource:
         return load_params(abstract, file, dtype)
 
     def tokenizer(self, component: str = "tokenizer") -> "PreTrainedTokenizerBase":
-        return load_tokenizer(self._folder / component)
+        encoder = component.replace("tokenizer", "text_encoder")
+        return load_tokenizer(
+            self._folder / component, self.config(encoder, CLIPTextConfig.from_dict)
+        )
 
 
 def parse_config(

@@ -50,7 +50,25 @@ def read_pickle_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in _load(path).items()}
 
 
+def read_pickle_step(path: str | Path) -> Any:
+    """What stands as "global_step" beside or among the tensors; None where nothing does."""
+    state, step = _unpickle(path), None
+    while step is None and isinstance(state, dict):
+        step, state = state.get("global_step"), state.get("state_dict")
+    return step.tolist() if hasattr(step, "tolist") else step
+
+
 def _load(path: str | Path) -> dict[str, Any]:
+    state = _unpickle(path)
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    if isinstance(state, dict) and type(state.get("global_step")) is int:
+        state = {name: value for name, value in state.items() if name != "global_step"}
+    if not isinstance(state, dict) or not all(hasattr(leaf, "numpy") for leaf in state.values()):
+        raise UserError(f"{path}: holds no state dict, a mapping of names to tensors")
+    return state
+
+
+def _unpickle(path: str | Path) -> Any:
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
     try:
@@ -64,7 +82,7 @@ def _load(path: str | Path) -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals([stand_in]):
             # Before version 1.6 PyTorch wrote another format, which cannot be mapped.
-            state = torch.load(
+            return torch.load(
                 path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
             )
     except pickle.UnpicklingError as error:
@@ -76,7 +94,3 @@ def _load(path: str | Path) -> dict[str, Any]:
     except Exception as error:  # the unpickler raises whatever a damaged file makes it
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: cannot be read as a checkpoint of PyTorch ({reason})") from error
-    state = state.get("state_dict", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(hasattr(leaf, "numpy") for leaf in state.values()):
-        raise UserError(f"{path}: holds no state dict, a mapping of names to tensors")
-    return state

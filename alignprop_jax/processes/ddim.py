@@ -12,10 +12,42 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from alignprop_jax.errors import UserError
+from alignprop_jax.foreign_json import (
+    boolean,
+    integer,
+    list_of,
+    number,
+    one_of,
+    optional,
+    read_fields,
+    text,
+)
 
-_BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
-_PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
-_TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
+# More timesteps than any model was trained on, and few enough to lay a table of.
+_MOST_TIMESTEPS = 100_000
+# null is as good as false to diffusers.
+_FLAG = optional(boolean(default=False))
+_OFF = one_of(False, None, default=False)
+# What files say for other solvers is not looked at, as in diffusers.
+_SCHEMA = {
+    "num_train_timesteps": integer(2, _MOST_TIMESTEPS),
+    "beta_start": number(0, 1),
+    "beta_end": number(0, 1),
+    "beta_schedule": one_of("linear", "scaled_linear", "squaredcos_cap_v2"),
+    "trained_betas": optional(list_of(number(0, 1), 2, _MOST_TIMESTEPS)),
+    "clip_sample": _FLAG,
+    "clip_sample_range": optional(number(0, 1e6, default=1.0)),
+    "set_alpha_to_one": _FLAG,
+    "steps_offset": optional(integer(0, _MOST_TIMESTEPS, default=0)),
+    "prediction_type": one_of("epsilon", "v_prediction", "sample"),
+    "timestep_spacing": one_of("leading", "trailing", "linspace"),
+    "rescale_betas_zero_snr": _FLAG,
+}
+_OF_ANY_SCHEDULER = {
+    "_class_name": optional(text(default="DDIMScheduler")),
+    "thresholding": _OFF,  # of models of pixels
+    "use_flow_sigmas": _OFF,  # of models that betas do not define
+}
 
 
 class SamplerSteps(NamedTuple):
@@ -51,7 +83,7 @@ class DDIMScheduler:
     The fields have the names, meanings and defaults of diffusers' `DDIMScheduler`.
 
     Raises:
-        UserError: when a field has a value outside of what is supported.
+        UserError: the betas do not make a noise schedule.
     """
 
     num_train_timesteps: int = 1000
@@ -68,28 +100,17 @@ class DDIMScheduler:
     rescale_betas_zero_snr: bool = False
 
     def __post_init__(self):
-        for name, allowed in (
-            ("beta_schedule", _BETA_SCHEDULES),
-            ("prediction_type", _PREDICTION_TYPES),
-            ("timestep_spacing", _TIMESTEP_SPACINGS),
-        ):
-            value = getattr(self, name)
-            if value not in allowed:
-                raise UserError(f"scheduler {name} is {value!r}; supported: {', '.join(allowed)}")
-        if self.num_train_timesteps < 1:
-            raise UserError(
-                f"scheduler num_train_timesteps is {self.num_train_timesteps}; it must be positive"
-            )
         if self.trained_betas is not None and len(self.trained_betas) != self.num_train_timesteps:
             raise UserError(
                 f"scheduler trained_betas has {len(self.trained_betas)} values, but "
                 f"num_train_timesteps is {self.num_train_timesteps}; they must agree"
             )
         betas = self._betas()
-        if not np.all((betas > 0) & (betas <= 1)):
+        # Those that vanish beside 1 leave the first steps without any noise to divide by.
+        if not np.all((1 - betas < 1) & (betas <= 1)):
             raise UserError(
                 f"scheduler betas run from {betas.min():g} to {betas.max():g}; "
-                "each must be above 0 and at most 1"
+                "each must be above 6e-8 and at most 1"
             )
 
     @classmethod
@@ -104,28 +125,17 @@ class DDIMScheduler:
             config: the parsed file.
 
         Raises:
-            UserError: for dynamic thresholding, an unsupported value, or a scheduler that is not
-              defined by betas (flow matching, for example).
+            UserError: a value is not supported, for one dynamic thresholding; or the scheduler is
+              not defined by betas (flow matching, for example).
         """
-        class_name = config.get("_class_name", cls.__name__)
+        class_name = read_fields(config, _OF_ANY_SCHEDULER)["_class_name"]
         if class_name != cls.__name__ and not {"beta_start", "trained_betas"} & set(config):
             raise UserError(
                 f"scheduler {class_name} has no betas, so it cannot be sampled with DDIM; "
                 "use a model trained with a DDPM-style noise schedule"
             )
-        if config.get("thresholding"):
-            raise UserError(
-                "scheduler thresholding is true: dynamic thresholding is for pixel-space models; "
-                "set it to false in scheduler_config.json"
-            )
-        names = {field.name for field in dataclasses.fields(cls)}
-        fields = {name: value for name, value in config.items() if name in names}
-        if fields.get("trained_betas") is not None:
-            fields["trained_betas"] = tuple(float(beta) for beta in fields["trained_betas"])
-        try:
-            return cls(**fields)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"scheduler_config.json has an ill-typed value: {error}") from error
+        said = {key: field for key, field in _SCHEMA.items() if key in config}
+        return cls(**read_fields(config, said))
 
     def _betas(self) -> np.ndarray:
         steps = self.num_train_timesteps
@@ -180,10 +190,14 @@ class DDIMScheduler:
         alpha_bar_prev = np.where(
             previous >= 0, self.alpha_bar[np.maximum(previous, 0)], final_alpha_bar
         ).astype(np.float64)
-        if self.prediction_type == "epsilon" and alpha_bar.min() == 0:
+        # A model that predicts v may start from pure noise, and no other, and no other step.
+        if alpha_bar_prev.min() == 0 or (
+            self.prediction_type == "epsilon" and alpha_bar.min() == 0
+        ):
             raise UserError(
-                f"timestep {timesteps[0]} holds no signal (rescale_betas_zero_snr), which a model "
-                "that predicts epsilon cannot start from; set timestep_spacing to leading"
+                f"timestep {timesteps[0]} holds no signal, which a model that predicts "
+                f"{self.prediction_type} cannot start from here; set rescale_betas_zero_snr to "
+                "false, or timestep_spacing to leading, in scheduler_config.json"
             )
         variance = (1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)
         sigma = eta * np.sqrt(variance)

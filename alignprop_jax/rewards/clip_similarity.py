@@ -96,8 +96,8 @@ def _load_similarity(
 ) -> Reward:
     folder = resolve_network(clip, "scene_clip")
     preprocess = CLIPPreprocessor.from_folder(folder)
-    tokenizer = load_tokenizer(folder)
     model, params = load_component(CLIPModel, folder, dtype)
+    tokenizer = load_tokenizer(folder, model.config.text)
     return clip_similarity(
         name, model, params, preprocess, lambda prompts: tokenize(tokenizer, list(prompts)), scale
     )

@@ -86,7 +86,7 @@ def load_detector(detector: str, dtype: jnp.dtype = jnp.float32) -> Detector:
         model,
         {**params, model.config.model_type: image},
         {model.config.model_type: jax.device_get(text)},
-        load_tokenizer(folder),
+        load_tokenizer(folder, model.config.text),
         preprocess,
     )
 

@@ -41,12 +41,13 @@ def make_hps_reward(
     Raises:
         UserError: a file is missing or damaged.
     """
-    prompt_tokenizer = load_tokenizer(resolve_tokenizer(tokenizer))
+    tokenizer_folder = resolve_tokenizer(tokenizer)
     if shapes_only.active() and not Path(checkpoint).exists():
         model, params = load_component(CLIPModel, resolve_model(_PUBLISHED), dtype)
     else:
         path = checkpoint if Path(checkpoint).exists() else download_file(checkpoint)
         model, params = load_open_clip(path, _NUM_HEADS, _NUM_HEADS, dtype)
+    prompt_tokenizer = load_tokenizer(tokenizer_folder, model.config.text)
     return clip_similarity(
         "hps",
         model,

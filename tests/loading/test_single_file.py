@@ -40,6 +40,11 @@ def sd1(tmp_path_factory):
     return write_checkpoint("sd1", tmp_path_factory.mktemp("sd1_alone"))
 
 
+@pytest.fixture(scope="module")
+def sd2(tmp_path_factory):
+    return write_checkpoint("sd2", tmp_path_factory.mktemp("sd2_alone"))
+
+
 def write_checkpoint(family, folder, name="model.safetensors"):
     parts = ldm_checkpoint.build_parts(family, torch_pipeline.VOCAB_SIZE, torch_pipeline.MAX_LENGTH)
     path = folder / name
@@ -182,30 +187,112 @@ def test_pickled_checkpoint_is_the_same_model(sd1, tmp_path):
         assert not tensors
 
 
+V, NOISE = "v_prediction", "epsilon"
+
+
 @pytest.mark.parametrize(
-    ("family", "name", "metadata", "prediction_type", "sample_size"),
+    ("family", "name", "metadata", "prediction_type", "sample_size", "assumed"),
     [
-        ("sd1", "v1-5-pruned-emaonly", {}, "epsilon", 256),
-        ("sd2", "v2-1_768-ema-pruned", {}, "v_prediction", 384),
-        ("sd2", "512-base-ema", {}, "epsilon", 256),
-        ("sdxl", "sd_xl_base_1.0", {}, "epsilon", 512),
-        (
-            "sd2",
-            "tuned",
-            {"modelspec.prediction_type": "epsilon", "modelspec.resolution": "640x640"},
-            "epsilon",
-            320,
-        ),
-        ("sd1", "tuned", {"modelspec.prediction_type": "v"}, "v_prediction", 256),
+        ("sd1", "v1-5-pruned-emaonly", {}, NOISE, 256, "noise is predicted, images have 512 pix"),
+        ("sd2", "v2-1_768-ema-pruned", {}, V, 384, "v is predicted, images have 768 pixels"),
+        ("sd2", "512-base-ema", {}, NOISE, 256, "noise is predicted (by the 512 in its name), im"),
+        ("sd2", "proj-ep51-gs05120", {}, V, 384, "v is predicted, images have 768 pixels"),
+        ("sdxl", "sd_xl_base_1.0", {}, NOISE, 512, "noise is predicted, images have 1024 pixels"),
+        ("sd1", "tuned", {"prediction_type": "v"}, V, 256, "assumed: images have 512 pixels"),
+        ("sd2", "512", {"prediction_type": "V"}, V, 384, "assumed: images have 768 pixels"),
+        ("sd2", "a", {"prediction_type": NOISE, "resolution": "640x640"}, NOISE, 320, None),
+        ("sd2", "a", {"resolution": "wide"}, V, 384, "v is predicted, images have 768 pixels"),
+        ("sd2", "a", {"resolution": "640x512"}, V, 384, "v is predicted, images have 768 pixels"),
+        ("sd2", "a", {"resolution": "9" * 5000}, V, 384, "v is predicted, images have 768 pixels"),
+        ("sd2", "a", {"architecture": "stable-diffusion-v2-512"}, NOISE, 256, "images have 512"),
+        ("sd2", "512", {"architecture": "stable-diffusion-v2-768-v"}, V, 384, "images have 768"),
     ],
 )
-def test_what_shapes_do_not_tell(family, name, metadata, prediction_type, sample_size, tmp_path):
+def test_what_shapes_do_not_tell(
+    family, name, metadata, prediction_type, sample_size, assumed, tmp_path, capsys
+):
     parts = ldm_checkpoint.build_parts(family, 10, 4)
+    metadata = {f"modelspec.{key}": value for key, value in metadata.items()}
     save_file(ldm_checkpoint.to_ldm(family, parts), tmp_path / f"{name}.safetensors", metadata)
     source = open_model(tmp_path / f"{name}.safetensors")
     assert read_config(source, "scheduler")["prediction_type"] == prediction_type
     # The tiny autoencoders shrink by two where full-size ones shrink by eight.
     assert read_config(source, "unet")["sample_size"] == sample_size
+    said = capsys.readouterr().out
+    if assumed is None:
+        assert not said
+        return
+    other = NOISE if prediction_type == V else V
+    assert assumed in said and said.count("\n") == 1
+    assert f'write {{"prediction_type": "{other}"}} into {tmp_path / name}/scheduler/sch' in said
+
+
+def test_prediction_that_is_not_known_is_refused(sd1, tmp_path):
+    path, parts = sd1
+    metadata = {"modelspec.prediction_type": "flow"}
+    save_file(ldm_checkpoint.to_ldm("sd1", parts), tmp_path / "flow.safetensors", metadata)
+    with pytest.raises(UserError, match='modelspec.prediction_type="flow" is not supported; it'):
+        open_model(tmp_path / "flow.safetensors")
+    # What stands beside the file comes first.
+    (tmp_path / "flow/scheduler").mkdir(parents=True)
+    config = tmp_path / "flow/scheduler/scheduler_config.json"
+    config.write_text('{"prediction_type": "epsilon"}')
+    open_model(tmp_path / "flow.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("where", "step", "prediction_type"),
+    [
+        ("safetensors", torch.tensor(875000), NOISE),
+        ("safetensors", torch.tensor([140000]), V),
+        ("safetensors", torch.tensor([875000, 875000]), V),
+        ("beside", 875000, NOISE),
+        ("beside", "875000", V),
+        ("among", 875000, NOISE),
+        ("among", torch.tensor([875000]), NOISE),
+    ],
+)
+def test_step_of_the_first_stable_diffusion_2(where, step, prediction_type, sd2, tmp_path):
+    state, path = ldm_checkpoint.to_ldm("sd2", sd2[1]), tmp_path / "model.ckpt"
+    if where == "safetensors":
+        path = path.with_suffix(".safetensors")
+        save_file({**state, "global_step": step}, path)
+    elif where == "beside":
+        torch.save({"state_dict": state, "global_step": step}, path)
+    else:
+        torch.save({**state, "global_step": step}, path)
+    source = open_model(path)
+    assert read_config(source, "scheduler")["prediction_type"] == prediction_type
+    assert len(dict(source.tensors("vae")))
+
+
+def with_transformers_names(state, parts, layers):
+    """The tensors, with the text encoder's in transformers' names; more layers than are used."""
+    state = {name: value for name, value in state.items() if not name.startswith("cond_stage")}
+    text = {name.removeprefix("text_model."): value for name, value in parts.state_dict().items()}
+    for layer in range(ldm_checkpoint.LAYERS_OF_VIT_H - 1, layers):
+        of_last = {name: value for name, value in text.items() if ".22." in name}
+        text |= {name.replace(".22.", f".{layer}."): value * 0 for name, value in of_last.items()}
+    text |= {"text_projection.weight": torch.ones(4, 4)}
+    prefix = "cond_stage_model.transformer.text_model."
+    return {**state, **{f"{prefix}{name}": value for name, value in text.items()}}
+
+
+@pytest.mark.parametrize("layers", [23, 24])
+def test_either_names_of_the_text_encoder_are_the_same_model(layers, sd2, tmp_path):
+    path, parts = sd2
+    state = with_transformers_names(
+        ldm_checkpoint.to_ldm("sd2", parts), parts["text_encoder"], layers
+    )
+    save_file({name: value.contiguous() for name, value in state.items()}, tmp_path / path.name)
+    ours, expected = open_model(tmp_path / path.name), open_model(path)
+    for component in ("unet", "vae", "text_encoder", "scheduler"):
+        assert read_config(ours, component) == read_config(expected, component)
+    tensors = dict(ours.tensors("text_encoder"))
+    assert tensors.keys() == dict(expected.tensors("text_encoder")).keys()
+    for name, tensor in expected.tensors("text_encoder"):
+        np.testing.assert_array_equal(tensors[name], tensor)
+    assert read_config(ours, "text_encoder")["hidden_act"] == "gelu"
 
 
 def test_marker_tensors_tell_of_v_and_of_zero_signal(tmp_path):
@@ -229,7 +316,10 @@ def test_folder_beside_the_file_comes_first(sd1, tmp_path):
         (tmp_path / "model" / folder).mkdir(parents=True)
         (tmp_path / "model" / folder / file).write_text(json.dumps(config))
     source = open_model(tmp_path / "model.safetensors")
-    assert read_config(source, "scheduler") == {"prediction_type": "v_prediction"}
+    scheduler = source.config("scheduler", DDIMScheduler.from_config)
+    assert scheduler.prediction_type == "v_prediction"
+    # What is no whole schedule leaves the model's.
+    assert scheduler.beta_schedule == "scaled_linear" and not scheduler.clip_sample
     assert source.config("unet", UNetConfig.from_dict).sample_size == 24
     assert read_config(source, "vae")["scaling_factor"] == 0.18215
 
@@ -281,7 +371,10 @@ def test_what_is_no_whole_checkpoint_is_refused(sd1, tmp_path):
     refused(parts["unet"].state_dict(), r"has no tensors model\.diffusion_model\.\*")
     refiner = "conditioner.embedders.0.model.ln_final.weight"
     rest = {name: value for name, value in state.items() if not name.startswith("cond")}
-    refused({**rest, refiner: torch.ones(4)}, "has no tensors cond_stage_model")
+    refused({**rest, refiner: torch.ones(4)}, "the refiner of Stable Diffusion XL is not")
+    refused({**state, "edm_mean": torch.ones(4)}, "has edm_mean, .* EDM .* is not supported")
+    only_unet = {name: value for name, value in state.items() if name.startswith(unet)}
+    refused(only_unet, r"has no tensors first_stage_model\.\*")
     refused(
         {**state, f"{unet}motion.weight": torch.ones(2)},
         r"unet: the model has no place for tensor motion.weight \[2\]",
@@ -296,6 +389,11 @@ def test_what_is_no_whole_checkpoint_is_refused(sd1, tmp_path):
         {name: value for name, value in state.items() if name != missing},
         "no whole Stable Diffusion; it lacks 'conv_in.weight'",
     )
+    flat = {f"{unet}input_blocks.0.0.weight": torch.ones(32)}
+    refused({**state, **flat}, "no Stable Diffusion; its tensors have other shapes")
+    for channels in (5, 7, 8, 9):
+        wider = {f"{unet}input_blocks.0.0.weight": torch.ones(32, channels, 3, 3)}
+        refused({**state, **wider}, f"the unet takes {channels} channels, .* inpainting and other")
     embedding = {"label_emb.0.0": torch.ones(128, 16), "label_emb.0.2": torch.ones(128, 128)}
     refused(
         {**state, **{f"{unet}{name}.weight": value for name, value in embedding.items()}},

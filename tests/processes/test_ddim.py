@@ -205,20 +205,67 @@ def test_is_hashable():
 @pytest.mark.parametrize(
     ("config", "culprit"),
     [
-        ({"thresholding": True}, "thresholding"),
-        ({"beta_schedule": "sigmoid"}, "beta_schedule is 'sigmoid'"),
-        ({"prediction_type": "flow"}, "prediction_type is 'flow'"),
-        ({"timestep_spacing": "log"}, "timestep_spacing is 'log'"),
-        ({"num_train_timesteps": 0}, "num_train_timesteps is 0"),
+        ({"thresholding": True}, "thresholding=true .* must be false or null"),
+        ({"use_flow_sigmas": True, "beta_start": 1e-4}, "use_flow_sigmas=true"),
+        (
+            {"beta_schedule": "sigmoid"},
+            'beta_schedule="sigmoid" .* must be "linear" or',
+        ),
+        ({"prediction_type": "flow"}, 'prediction_type="flow"'),
+        ({"timestep_spacing": "log"}, 'timestep_spacing="log"'),
+        ({"num_train_timesteps": 0}, "num_train_timesteps=0 .* from 2 to 100000"),
         ({"trained_betas": [0.1, 0.2]}, "trained_betas has 2 values"),
-        ({"beta_end": 1.5}, "betas run from 0.0001 to 1.5"),
-        ({"beta_start": "small"}, "ill-typed"),
+        ({"beta_end": 0.0}, "betas run from 0 to 0.0001"),
+        ({"beta_start": 1e-9}, "betas run from 1e-09 to 0.02; each must be above 6e-8"),
         ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, "has no betas"),
     ],
 )
 def test_refuses_what_it_cannot_follow(config, culprit):
     with pytest.raises(UserError, match=culprit):
         DDIMScheduler.from_config(config)
+
+
+ILL = (None, True, 1, -1, 1.5, 10**400, "", "x" * 5000, "\ud800", [], [[]], [None], {}, {"a": []})
+ILL_FLOATS = (float("nan"), float("inf"), -1e-30)
+# What is well typed among them.
+ALLOWED = {
+    "num_train_timesteps": (),
+    "beta_start": (1,),
+    "beta_end": (1,),
+    "beta_schedule": (),
+    "trained_betas": (None,),
+    "clip_sample": (None, True),
+    "clip_sample_range": (None, 1, 1.5),
+    "set_alpha_to_one": (None, True),
+    "steps_offset": (None, 1),
+    "prediction_type": (),
+    "timestep_spacing": (),
+    "rescale_betas_zero_snr": (None, True),
+    "thresholding": (None,),
+    "use_flow_sigmas": (None,),
+    "_class_name": (None, "", "\ud800"),
+}
+
+
+@pytest.mark.parametrize("key", ALLOWED)
+def test_every_ill_typed_value_is_one_line_that_names_it(key):
+    for value in (*ILL, *ILL_FLOATS):
+        # Every class has these, so that its name alone is no reason to refuse it.
+        config = {"beta_start": 1e-4, "trained_betas": None, key: value}
+        if repr(value) in map(repr, ALLOWED[key]):
+            DDIMScheduler.from_config(config)
+            continue
+        with pytest.raises(UserError) as caught:
+            DDIMScheduler.from_config(config)
+        message = str(caught.value)
+        assert key in message and len(message) < 400 and "\n" not in message, message
+
+
+def test_null_is_false_or_the_default():
+    nulls = dict.fromkeys(("clip_sample", "set_alpha_to_one", "steps_offset", "trained_betas"))
+    scheduler = DDIMScheduler.from_config(nulls)
+    assert not scheduler.clip_sample and not scheduler.set_alpha_to_one
+    assert scheduler.steps_offset == 0 and scheduler.trained_betas is None
 
 
 @pytest.mark.parametrize(
@@ -234,6 +281,8 @@ def test_refuses_what_it_cannot_follow(config, culprit):
             0.0,
             "timestep 999 holds no signal",
         ),
+        # So many large betas leave more than the last timestep without a signal.
+        ({"beta_end": 0.9, "prediction_type": "v_prediction"}, 10, 0.0, "holds no signal"),
     ],
 )
 def test_refuses_plans_the_noise_schedule_does_not_have(config, num_steps, eta, culprit):

@@ -21,6 +21,29 @@ def test_a_file_has_one_prompt_a_line(tmp_path):
     assert load_prompts(str(path)) == ["a red fox", "zwei Bären"]
 
 
+CAT, DOG = "a red cat", "a blue dog"
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        # As editors on Windows save a text, and such files joined.
+        (f"\ufeff{CAT}\r\n{DOG}\r\n", [CAT, DOG]),
+        (f"\ufeff{CAT}\n\ufeff{DOG}", [CAT, DOG]),
+        (f"\ufeff\ufeff {CAT}", [CAT]),
+        (f"{CAT}\r{DOG}\r\r\n", [CAT, DOG]),
+        # What else Unicode calls the end of a line is part of a prompt.
+        *((f"{CAT}{end}{DOG}\n{DOG}", [f"{CAT}{end}{DOG}", DOG]) for end in "\v\f\x1c\x1d\x1e"),
+        *((f"{CAT}{end}{DOG}\n{DOG}", [f"{CAT}{end}{DOG}", DOG]) for end in "\x85\u2028\u2029"),
+        (f"\u2028{CAT}\f\n\v\n", [CAT]),
+    ],
+)
+def test_marks_and_ends_of_lines(data, expected, tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(data.encode())
+    assert load_prompts(str(path)) == expected
+
+
 def test_a_file_that_is_absent_empty_or_not_text(tmp_path):
     with pytest.raises(UserError, match="'none.txt' cannot be read .No such file.*animals"):
         load_prompts("none.txt")
@@ -30,6 +53,17 @@ def test_a_file_that_is_absent_empty_or_not_text(tmp_path):
     path.write_text(" \n\n")
     with pytest.raises(UserError, match="prompts.txt' is empty; write one prompt a line"):
         load_prompts(str(path))
-    path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="not UTF-8 text"):
-        load_prompts(str(path))
+    for data, reason in (
+        (b"", "is empty"),
+        (b"\xef\xbb\xbf", "is empty"),
+        ("\ufeffa cat".encode("utf-16"), "not UTF-8 text at byte 0; save it as UTF-8"),
+        (b"a cat\n\xe4", "not UTF-8 text at byte 6"),
+        (b"a \0 cat", "a NUL at byte 2"),
+    ):
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=reason):
+            load_prompts(str(path))
+    with pytest.raises(UserError, match="embedded null"):
+        load_prompts("a\0b")
+    with pytest.raises(UserError, match="larger than 64 MiB"):
+        load_prompts("/dev/zero")
