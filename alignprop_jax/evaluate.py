@@ -35,7 +35,9 @@ from alignprop_jax.evaluation.judges import Scorer, reward_scorer
 from alignprop_jax.evaluation.standardization import standardize_parts
 from alignprop_jax.experiment import load_experiment, load_reward
 from alignprop_jax.loading.buckets import in_bucket
+from alignprop_jax.loading.pretrained import adaptable_shapes
 from alignprop_jax.lora.mixing import BASE_MODEL, LoraMix, define_flags_of_loras
+from alignprop_jax.lora.names import UNET
 from alignprop_jax.records.images import columns_for, make_grid
 from alignprop_jax.records.metrics import write_json
 from alignprop_jax.records.workdir import Workdir
@@ -66,8 +68,11 @@ def evaluate(
     enable_compilation_cache()
     workdir = Workdir(path)
     loras = tuple(lora if lora.files else LoraMix((find_lora(workdir),)) for lora in loras)
-    experiment = load_experiment(config)
-    factors = [lora.load(experiment.params["unet"]) for lora in loras]
+    shapes = adaptable_shapes(config.model)
+    trees = [lora.load(shapes) for lora in loras]
+    # The base model first: by its pictures rewards are scaled.
+    experiment = load_experiment(config, loras=[None, *trees])
+    factors = [None if tree is None else tree[UNET] for tree in trees]
     evaluator = standardize_parts(make_evaluator(config, experiment), workdir, factors[0])
     if scorers is None:
         scorers = make_judges(config, experiment.prompts)
@@ -78,7 +83,7 @@ def evaluate(
     results = []
     for number, (lora, tree) in enumerate(zip(loras, factors, strict=True), start=1):
         result: dict[str, Any] = {"lora": str(lora)}
-        for name, split in experiment.splits.items():
+        for name, split in experiment.splits_of_loras[number].items():
             evaluation = evaluator.evaluate(tree, split, scorers, f"{name} prompts", lora.timesteps)
             grid = make_grid(evaluation.images, split.prompts, columns_for(len(split.prompts)))
             picture = f"{name}_evaluation" + (f"_{number}" if len(loras) > 1 else "")

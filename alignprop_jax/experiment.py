@@ -29,6 +29,7 @@ from alignprop_jax.diffusion.stable_diffusion import (
 from alignprop_jax.loading.pretrained import load_stable_diffusion, open_model
 from alignprop_jax.loading.shapes_only import compute
 from alignprop_jax.loading.tokenizer import tokenize
+from alignprop_jax.lora.factors import LoraTree
 from alignprop_jax.models.execution import Execution
 from alignprop_jax.prompts.reading import load_prompts
 from alignprop_jax.rewards import Reward, check_reward, make_reward
@@ -71,6 +72,7 @@ class Experiment:
     sample: Callable[..., Float[Array, "b H W 3"]]
     remat: str  # of `sampling.REMAT_POLICIES`
     splits: dict[str, Split]
+    splits_of_loras: tuple[dict[str, Split], ...] = ()  # prompts encoded with each LoRA
 
     @property
     def prompts(self) -> list[str]:
@@ -78,13 +80,19 @@ class Experiment:
         return [prompt for split in self.splits.values() for prompt in split.prompts]
 
 
-def load_experiment(config: ConfigDict, mesh: Mesh | None = None) -> Experiment:
+def load_experiment(
+    config: ConfigDict,
+    mesh: Mesh | None = None,
+    loras: Sequence[LoraTree | None] = (None,),
+) -> Experiment:
     """Loads a validated config.
 
     The text encoder runs here, once for every prompt, and is not kept.
 
     Args:
       mesh: of the devices to use; None for all of them, as `config.mesh` says.
+      loras: with which prompts are encoded, each by part of the model; None for no LoRA. The
+        experiment's `splits` are those of the first.
 
     Raises:
       UserError: the model, the prompts or the reward cannot be loaded or do not fit together.
@@ -102,18 +110,24 @@ def load_experiment(config: ConfigDict, mesh: Mesh | None = None) -> Experiment:
     texts = sum(prompts.values(), [])
     inputs = reward.prepare(texts)
     check_reward(reward, sd.image_shape, config.algorithm not in WITHOUT_REWARD_GRADIENT, inputs)
-    encoded = encode(sd, params, tokenizers, [config.negative_prompt, *texts])
-    remat = _remat(config, sd, params["unet"], encoded[:1], mesh)
+    everywhere = sharding.replicated(mesh)
+
+    def encode_splits(lora: LoraTree | None) -> dict[str, Split]:
+        encoded = encode(sd, params, tokenizers, [config.negative_prompt, *texts], lora)
+        splits, start = {}, 0
+        for name, of_split in prompts.items():
+            rows = slice(start, start + len(of_split))
+            of_reward = jax.tree.map(operator.itemgetter(rows), inputs)
+            table = PromptTable(encoded[1:][rows], encoded[:1], of_reward)
+            splits[name] = Split(of_split, sharding.put(table, everywhere))
+            start = rows.stop
+        return splits
+
+    splits_of_loras = _for_each_text_part(loras, encode_splits)
+    splits = splits_of_loras[0]
+    remat = _remat(config, sd, params["unet"], splits[TRAIN].table.uncond, mesh)
     if remat == "block":
         sd = sd.rematerialized()
-    everywhere = sharding.replicated(mesh)
-    splits, start = {}, 0
-    for name, of_split in prompts.items():
-        rows = slice(start, start + len(of_split))
-        of_reward = jax.tree.map(operator.itemgetter(rows), inputs)
-        table = PromptTable(encoded[1:][rows], encoded[:1], of_reward)
-        splits[name] = Split(of_split, sharding.put(table, everywhere))
-        start = rows.stop
     reward_params = sharding.put(reward.params, sharding.of_frozen(reward.params, mesh))
     return Experiment(
         mesh=mesh,
@@ -123,6 +137,19 @@ def load_experiment(config: ConfigDict, mesh: Mesh | None = None) -> Experiment:
         sample=sampler_of(config, sd, remat),
         remat=remat,
         splits=splits,
+        splits_of_loras=splits_of_loras,
+    )
+
+
+def _for_each_text_part(
+    loras: Sequence[LoraTree | None], encode_splits: Callable[[LoraTree | None], dict[str, Split]]
+) -> tuple[dict[str, Split], ...]:
+    """Encodes prompts with each LoRA; once for all that leave the text encoders as they are."""
+    plain = functools.cache(lambda: encode_splits(None))
+    adapts_text = [any(name in (lora or {}) for name in TEXT_ENCODERS) for lora in loras]
+    return tuple(
+        encode_splits(lora) if adapts else plain()
+        for lora, adapts in zip(loras, adapts_text, strict=True)
     )
 
 
@@ -181,26 +208,33 @@ def _reward_options(config: ConfigDict, dtype: jnp.dtype) -> dict[str, dict[str,
 
 
 def encode(
-    sd: StableDiffusion, params: Params, tokenizers: Sequence[Any], prompts: list[str]
+    sd: StableDiffusion,
+    params: Params,
+    tokenizers: Sequence[Any],
+    prompts: list[str],
+    lora: LoraTree | None = None,
 ) -> Conditioning:
     """Encodes every prompt; one that is said twice is encoded once.
 
     Args:
         tokenizers: one for each text encoder.
+        lora: by part of the model, factors with their scale folded in.
     """
     distinct = list(dict.fromkeys(prompts))
     ids = [tokenize(tokenizer, distinct) for tokenizer in tokenizers]
     text_params = {name: params[name] for name in TEXT_ENCODERS if name in params}
+    text_lora = {name: tree for name, tree in (lora or {}).items() if name in text_params}
 
-    def encode_all(text_params, ids):
+    def encode_all(text_params, text_lora, ids):
         def encode_one(ids):
             rows = [row[None] for row in ids]
-            return jax.tree.map(lambda x: x[0], encode_prompts(sd, text_params, rows))
+            states = encode_prompts(sd, text_params, rows, text_lora)
+            return jax.tree.map(lambda x: x[0], states)
 
         return jax.lax.map(encode_one, ids, batch_size=min(_ENCODER_BATCH, len(distinct)))
 
     # On the host, where it is taken apart and put together without a program for each.
-    encoded = jax.device_get(compute(encode_all, text_params, ids))
+    encoded = jax.device_get(compute(encode_all, text_params, text_lora, ids))
     if sd.zero_empty_prompts:
         said = np.array([bool(prompt) for prompt in distinct])
         encoded = jax.tree.map(

@@ -23,6 +23,7 @@ from alignprop_jax.errors import UserError, run_program
 from alignprop_jax.experiment import encode
 from alignprop_jax.loading.pretrained import load_stable_diffusion
 from alignprop_jax.lora.mixing import NO_LORA, LoraMix, define_lora_flags
+from alignprop_jax.lora.names import UNET
 from alignprop_jax.prompts.reading import load_prompts
 from alignprop_jax.records.images import save_images
 from alignprop_jax.records.progress import progress_bar
@@ -52,13 +53,13 @@ def sample(
     """
     sd, params, tokenizers = load_stable_diffusion(model, image_size=image_size)
     run = make_sampler(sd, num_steps, guidance_scale, eta)
-    factors = lora.load(params["unet"])
+    factors = lora.load(params)
     latent_keys, sampler_keys = make_image_keys(seed, len(prompts))
     if latents:
         noise = read_latents(latents, len(prompts), sd.latent_shape)
     else:
         noise = jax.vmap(lambda key: jax.random.normal(key, sd.latent_shape))(latent_keys)
-    encoded = encode(sd, params, tokenizers, [negative_prompt, *prompts])
+    encoded = encode(sd, params, tokenizers, [negative_prompt, *prompts], factors)
     frozen = {"unet": params["unet"], "vae": params["vae"]}
     run = jax.jit(run, compiler_options=compiler_options())
     images = []
@@ -69,7 +70,7 @@ def sample(
             rows = np.minimum(np.arange(start, start + batch_size), len(prompts) - 1)
             batch = run(
                 frozen,
-                factors,
+                None if factors is None else factors[UNET],
                 noise[rows],
                 encoded[1 + rows],
                 encoded[:1],

@@ -110,9 +110,8 @@ def start_from_file(config: ConfigDict, experiment: Experiment, state: TrainStat
 
     A run that is resumed has no more need of that file.
     """
-    lora = continue_lora(
-        config.lora.init, state.lora, experiment.params["unet"], lora_scale(config)
-    )
+    shapes = adaptable_shapes(config.model)
+    lora = continue_lora(config.lora.init, state.lora, shapes, lora_scale(config))
     return state.replace(lora=sharding.put(lora, sharding.replicated(experiment.mesh)))
 
 

@@ -56,15 +56,21 @@ class LoraMix:
     def _adapted(self) -> bool:
         return self.files not in ((), (BASE_MODEL,))
 
-    def load(self, unet_params: Mapping[str, Any]) -> LoraTree | None:
-        """Reads the files; returns factors with their scale folded in, None for the base model.
+    def load(self, params: Mapping[str, Any]) -> LoraTree | None:
+        """Reads the files.
+
+        Args:
+            params: by its name, each part of the model that a LoRA may adapt, as for `load_lora`.
+
+        Returns:
+            By part, the factors with their scale folded in; None for the base model.
 
         Raises:
-            UserError: as `lora_file.load_lora`.
+            UserError: as `load_lora`.
         """
         if not self._adapted:
             return None
-        loras = [load_lora(file, unet_params)[0] for file in self.files]
+        loras = [load_lora(file, params)[0] for file in self.files]
         return loras[0] if self.mix is None else mix_loras(self.mix, *loras)
 
     def __str__(self) -> str:

@@ -1,5 +1,7 @@
 """What a run leaves for other software: files of its LoRA, or of all weights of its UNet."""
 
+import json
+
 from ml_collections import ConfigDict
 
 from alignprop_jax.algorithms.state import TrainState
@@ -11,6 +13,7 @@ from alignprop_jax.loading.weights import save_params
 from alignprop_jax.lora.factors import adapt
 from alignprop_jax.lora.files import save_lora
 from alignprop_jax.lora.kohya import save_kohya_lora
+from alignprop_jax.records.places import name_of, reward_name, without_places
 from alignprop_jax.records.workdir import Workdir
 
 
@@ -26,11 +29,7 @@ def save_trained(
         unet_params = sharding.gather(unet_params)
     if not is_main():
         return
-    metadata = {
-        "base_model": config.model,
-        "reward": experiment.reward.name,
-        "config": to_json(config),
-    }
+    metadata = describe(config)
     if not config.lora.rank:
         save_params(adapt(unet_params, lora)["params"], workdir.unet, metadata=metadata)
         return
@@ -38,3 +37,12 @@ def save_trained(
     save_lora(workdir.lora, lora, alpha, metadata)
     prediction_type = experiment.sd.scheduler.prediction_type
     save_kohya_lora(workdir.kohya_lora, lora, alpha, unet_params, prediction_type, metadata)
+
+
+def describe(config: ConfigDict) -> dict[str, str]:
+    """What files that are shared say of a run: names of its model and files, and no paths."""
+    return {
+        "base_model": name_of(config.model),
+        "reward": reward_name(config.reward),
+        "config": json.dumps(without_places(json.loads(to_json(config))), indent=2),
+    }
