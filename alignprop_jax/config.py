@@ -144,7 +144,7 @@ def default_config() -> ConfigDict:
     config.lora.rank = 4  # 0: no LoRA but all weights of the UNet, a full fine-tuning
     config.lora.alpha = 4.0  # the update is alpha / rank * up @ down
     config.lora.init = ""  # LoRA file to go on from, of the same rank; empty: a fresh one
-    config.lora.targets = ("to_q", "to_k", "to_v", "to_out.0")  # layers of every attention
+    config.lora.targets = ("to_q", "to_k", "to_v", "to_out.0")  # linear layers or convolutions
 
     config.train = ConfigDict()
     config.train.num_steps = 100  # updates

@@ -11,9 +11,7 @@ the pictures.
 """
 
 import math
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -34,7 +32,7 @@ from alignprop_jax.evaluation.evaluator import (
 from alignprop_jax.evaluation.judges import Scorer, reward_scorer
 from alignprop_jax.evaluation.standardization import standardize_parts
 from alignprop_jax.experiment import load_experiment, load_reward
-from alignprop_jax.loading.buckets import in_bucket
+from alignprop_jax.loading.buckets import local_copy
 from alignprop_jax.loading.pretrained import adaptable_shapes
 from alignprop_jax.lora.mixing import BASE_MODEL, LoraMix, define_flags_of_loras
 from alignprop_jax.lora.names import UNET
@@ -101,11 +99,7 @@ def find_lora(workdir: Workdir) -> str:
         raise UserError(
             f"no LoRA in {workdir.lora}; train first, or give --lora=FILE or --lora={BASE_MODEL}"
         )
-    if not in_bucket(workdir.lora):
-        return str(workdir.lora)
-    local = Path(tempfile.mkdtemp()) / workdir.lora.name
-    local.write_bytes(workdir.lora.read_bytes())
-    return str(local)
+    return str(local_copy(workdir.lora))
 
 
 def describe(results: dict[str, Any]) -> str:

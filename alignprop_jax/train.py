@@ -31,9 +31,11 @@ from alignprop_jax.errors import UserError, run_program
 from alignprop_jax.evaluation.evaluator import Evaluator, make_evaluator, make_judges
 from alignprop_jax.evaluation.standardization import standardize_parts
 from alignprop_jax.experiment import TRAIN, UNSEEN, Experiment, load_experiment
+from alignprop_jax.loading.pretrained import adaptable_shapes
 from alignprop_jax.lora.factors import count_parameters
 from alignprop_jax.lora.files import continue_lora
 from alignprop_jax.records.dashboards import open_dashboards
+from alignprop_jax.records.frozen_text import load_frozen_text
 from alignprop_jax.records.metrics import Record
 from alignprop_jax.records.progress import progress_bar
 from alignprop_jax.records.reports import Reports
@@ -63,7 +65,8 @@ def train(config: ConfigDict, path: epath.PathLike) -> None:
     validate(config)
     enable_compilation_cache()
     workdir = Workdir(path)
-    evaluator = make_evaluator(config, load_experiment(config))
+    text = load_frozen_text(config, workdir)
+    evaluator = make_evaluator(config, load_experiment(config, loras=[text]))
     experiment = evaluator.experiment
     state = create_state(config, experiment)
     with contextlib.closing(open_checkpoints(config, workdir, experiment, state)) as checkpoints:
@@ -96,7 +99,7 @@ def train(config: ConfigDict, path: epath.PathLike) -> None:
             if int(state.step) < config.train.num_steps:
                 print(f"stopped after step {int(state.step)}; the same command resumes the run")
                 return
-            save_trained(config, experiment, state, workdir)
+            save_trained(config, experiment, state, workdir, text)
             evaluate_after(int(state.step), state, workdir, reports)
     if distributed.is_main():
         seconds_earlier = sum(seconds_of_steps(workdir)[:first_step])

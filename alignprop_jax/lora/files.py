@@ -53,6 +53,13 @@ def save_lora(
     """
     rank = rank_of(lora)
     parts = {UNET: scale_lora(lora, alpha / rank), **(text or {})}
+    save_parts(path, parts, {**(metadata or {}), "rank": rank, "alpha": alpha})
+
+
+def save_parts(
+    path: str | Path, parts: LoraTree, metadata: Mapping[str, Any] | None = None
+) -> None:
+    """Writes factors by part of the model, with their scale folded in; as `save_lora` otherwise."""
     tensors, configs = {}, {}
     for part, tree in parts.items():
         ranks = {}
@@ -63,7 +70,7 @@ def save_lora(
             if keys[-1] == "down":
                 ranks[layer] = leaf.shape[-1]
         configs[part] = lora_config(ranks)
-    header = {**(metadata or {}), "rank": rank, "alpha": alpha, HEADER_KEY: to_header(configs)}
+    header = {**(metadata or {}), HEADER_KEY: to_header(configs)}
     write_safetensors(tensors, path, {name: str(value) for name, value in header.items()})
 
 
