@@ -11,9 +11,7 @@ the pictures.
 """
 
 import math
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -34,7 +32,9 @@ from alignprop_jax.evaluation.evaluator import (
 from alignprop_jax.evaluation.judges import reward_scorer
 from alignprop_jax.evaluation.standardization import standardize_parts
 from alignprop_jax.experiment import load_experiment, load_reward
-from alignprop_jax.loading.buckets import in_bucket
+from alignprop_jax.loading.buckets import local_copy
+from alignprop_jax.loading.pretrained import adaptable_shapes
+from alignprop_jax.lora.adapters import factors_of_network
 from alignprop_jax.lora.mixing import BASE_MODEL, LoraMix, define_flags_of_loras
 from alignprop_jax.records.images import columns_for, make_grid
 from alignprop_jax.records.metrics import write_json
@@ -68,8 +68,11 @@ def evaluate(
     enable_compilation_cache()
     workdir = Workdir(path)
     loras = tuple(lora if lora.files else LoraMix((find_lora(workdir),)) for lora in loras)
-    experiment = load_experiment(config)
-    factors = [lora.load(experiment.weights) for lora in loras]
+    shapes = adaptable_shapes(config.model)
+    trees = [lora.load(shapes) for lora in loras]
+    # The base model first: by its pictures rewards are scaled.
+    experiment = load_experiment(config, loras=[None, *trees])
+    factors = [factors_of_network(tree) for tree in trees]
     evaluator = standardize_parts(make_evaluator(config, experiment), workdir, factors[0])
     if scorers is None:
         scorers = make_judges(config, experiment.prompts)
@@ -80,7 +83,7 @@ def evaluate(
     results = []
     for number, (lora, tree) in enumerate(zip(loras, factors, strict=True), start=1):
         result: dict[str, Any] = {"lora": str(lora)}
-        for name, split in experiment.splits.items():
+        for name, split in experiment.splits_of_loras[number].items():
             evaluation = evaluator.evaluate(tree, split, scorers, f"{name} prompts", lora.timesteps)
             grid = make_grid(evaluation.images, split.prompts, columns_for(len(split.prompts)))
             picture = f"{name}_evaluation" + (f"_{number}" if len(loras) > 1 else "")
@@ -98,11 +101,7 @@ def find_lora(workdir: Workdir) -> str:
         raise UserError(
             f"no LoRA in {workdir.lora}; train first, or give --lora=FILE or --lora={BASE_MODEL}"
         )
-    if not in_bucket(workdir.lora):
-        return str(workdir.lora)
-    local = Path(tempfile.mkdtemp()) / workdir.lora.name
-    local.write_bytes(workdir.lora.read_bytes())
-    return str(local)
+    return str(local_copy(workdir.lora))
 
 
 def describe(results: dict[str, Any]) -> str:

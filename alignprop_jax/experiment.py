@@ -18,6 +18,8 @@ from alignprop_jax.devices import sharding
 from alignprop_jax.generators.load import load_generator
 from alignprop_jax.generators.loaded import Loaded
 from alignprop_jax.loading.pretrained import open_model
+from alignprop_jax.lora.factors import LoraTree
+from alignprop_jax.lora.names import adapts_text
 from alignprop_jax.models.execution import Execution
 from alignprop_jax.prompts.reading import load_prompts
 from alignprop_jax.rewards import Reward, check_reward, make_reward
@@ -57,6 +59,7 @@ class Experiment:
     params: Any  # of the chain's generator
     reward: Reward
     splits: dict[str, Split]
+    splits_of_loras: tuple[dict[str, Split], ...] = ()  # prompts encoded with each LoRA
 
     @property
     def generator(self) -> Generator:
@@ -74,13 +77,19 @@ class Experiment:
         return [prompt for split in self.splits.values() for prompt in split.prompts]
 
 
-def load_experiment(config: ConfigDict, mesh: Mesh | None = None) -> Experiment:
+def load_experiment(
+    config: ConfigDict,
+    mesh: Mesh | None = None,
+    loras: Sequence[LoraTree | None] = (None,),
+) -> Experiment:
     """Loads a validated config.
 
     The text encoder runs here, once for every prompt, and is not kept.
 
     Args:
       mesh: of the devices to use; None for all of them, as `config.mesh` says.
+      loras: with which prompts are encoded, each by part of the model; None for no LoRA. The
+        experiment's `splits` are those of the first.
 
     Raises:
       UserError: the model, the prompts or the reward cannot be loaded or do not fit together.
@@ -99,24 +108,30 @@ def load_experiment(config: ConfigDict, mesh: Mesh | None = None) -> Experiment:
     texts = sum(prompts.values(), [])
     reward_inputs = reward.prepare(texts)
     check_reward(reward, generator.sample_shape, algorithm.needs_reward_gradient, reward_inputs)
-    encoded = loaded.encode([config.negative_prompt, *texts])
+    everywhere = sharding.replicated(mesh)
 
     def rows(tree, start, stop):
         return jax.tree.map(lambda x: x[start:stop], tree)
 
-    negative = rows(encoded, 0, 1)
-    remat = _remat(config, algorithm, loaded, negative, mesh)
+    def encode_splits(lora: LoraTree | None) -> dict[str, Split]:
+        encoded = loaded.encode([config.negative_prompt, *texts], lora)
+        splits, start = {}, 0
+        for name, of_split in prompts.items():
+            stop = start + len(of_split)
+            table = PromptTable(
+                rows(encoded, 1 + start, 1 + stop),
+                rows(encoded, 0, 1),
+                rows(reward_inputs, start, stop),
+            )
+            splits[name] = Split(of_split, sharding.put(table, everywhere))
+            start = stop
+        return splits
+
+    splits_of_loras = _for_each_text_part(loras, encode_splits)
+    splits = splits_of_loras[0]
+    remat = _remat(config, algorithm, loaded, splits[TRAIN].table.negative, mesh)
     if remat == "block":
         generator = generator.rematerialized()
-    everywhere = sharding.replicated(mesh)
-    splits, start = {}, 0
-    for name, of_split in prompts.items():
-        stop = start + len(of_split)
-        table = PromptTable(
-            rows(encoded, 1 + start, 1 + stop), negative, rows(reward_inputs, start, stop)
-        )
-        splits[name] = Split(of_split, sharding.put(table, everywhere))
-        start = stop
     reward_params = sharding.put(reward.params, sharding.of_frozen(reward.params, mesh))
     sampler = config.sampler
     return Experiment(
@@ -133,7 +148,16 @@ def load_experiment(config: ConfigDict, mesh: Mesh | None = None) -> Experiment:
         params=loaded.params,
         reward=dataclasses.replace(reward, params=reward_params),
         splits=splits,
+        splits_of_loras=splits_of_loras,
     )
+
+
+def _for_each_text_part(
+    loras: Sequence[LoraTree | None], encode_splits: Callable[[LoraTree | None], dict[str, Split]]
+) -> tuple[dict[str, Split], ...]:
+    """Encodes prompts with each LoRA; once for all that leave the text encoders as they are."""
+    plain = functools.cache(lambda: encode_splits(None))
+    return tuple(encode_splits(lora) if adapts_text(lora) else plain() for lora in loras)
 
 
 def _remat(

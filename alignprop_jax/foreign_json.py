@@ -191,14 +191,23 @@ def read_json_object(path: Path) -> dict[str, Any]:
         if path.stat().st_size > _MAX_BYTES:
             raise UserError(f"{path}: larger than {_MAX_BYTES >> 20} MiB, so not what it should be")
         # With or without the mark that some editors put in front.
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise UserError(f"{path}: cannot be read as a JSON object ({error})") from error
+    return parse_json_object(text, path)
+
+
+def parse_json_object(text: str, source: str | Path) -> dict[str, Any]:
+    """The object that a text holds; UserError, which begins with `source`, where it holds none."""
+    try:
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         reason = str(error).splitlines()[0][:200]
-        raise UserError(f"{path}: cannot be read as a JSON object ({reason})") from error
+        raise UserError(f"{source}: cannot be read as a JSON object ({reason})") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path}: holds {shorten(value)}, where a JSON object belongs")
+        raise UserError(f"{source}: holds {shorten(value)}, where a JSON object belongs")
     return value
 
 

@@ -1,10 +1,11 @@
-"""Writes a whole diffusers folder with LoRA folded into its UNet, for use without a LoRA file.
+"""Writes a whole diffusers folder with LoRA folded into its weights, for use without a LoRA file.
 
     python -m alignprop_jax.merge --model=M --lora=runs/aesthetic/lora --output=DIR
 
---lora A --lora B --mix 0.3 folds in 0.3 A + 0.7 B. Everything but the UNet is copied as it is,
-unless --dtype changes the type of all weights. Pickles and other copies of weights that are changed
-are left out, where they stand beside safetensors: they would be those of the source.
+--lora A --lora B --mix 0.3 folds in 0.3 A + 0.7 B. Everything but the UNet, and the text encoders
+that the LoRA adapts, is copied as it is, unless --dtype changes the type of all weights. Pickles
+and other copies of weights that are changed are left out, where they stand beside safetensors: they
+would be those of the source.
 """
 
 import contextlib
@@ -21,23 +22,33 @@ from absl import flags
 from flax.traverse_util import flatten_dict
 
 from alignprop_jax.errors import UserError, run_program
-from alignprop_jax.loading.pretrained import abstract_component, resolve_model
+from alignprop_jax.foreign_json import read_json_object
+from alignprop_jax.loading.pretrained import adaptable_shapes, resolve_model
 from alignprop_jax.loading.tensor_files import read_metadata, read_safetensors, write_safetensors
+from alignprop_jax.loading.weights import to_torch_layout
 from alignprop_jax.lora.factors import LoraTree
 from alignprop_jax.lora.mixing import LoraMix, define_lora_flags
-from alignprop_jax.models.unet import UNet
+from alignprop_jax.records.places import name_of, without_places
 
 _SOURCE = "source"
 _DTYPES = (_SOURCE, "float32", "float16", "bfloat16")
-_UNET = "unet"
 # Weights in formats that are not written here, and the indices of their shards.
 _OTHER_WEIGHTS = (".bin", ".ckpt", ".h5", ".msgpack", ".onnx", ".pb", ".pt", ".pth")
 # Parts that a pipeline works without; a download leaves them out.
 _OPTIONAL = ("feature_extractor", "image_encoder", "safety_checker")
 _NO_PART = [None, None]
+# Keys under which diffusers and transformers write where something lay.
+_PLACES = (
+    "_name_or_path",
+    "name_or_path",
+    "special_tokens_map_file",
+    "tokenizer_file",
+    "vocab_file",
+    "merges_file",
+)
 
-# What is added to a weight, by its name in the file, [out, in].
-Changes = Mapping[str, np.ndarray]
+# What is added to a weight, in torch's layout, by the part of the model and its name in the file.
+Changes = Mapping[str, Mapping[str, np.ndarray]]
 
 
 def merge(model: str, lora: LoraMix, output: Path, dtype: str = _SOURCE) -> None:
@@ -58,29 +69,30 @@ def merge(model: str, lora: LoraMix, output: Path, dtype: str = _SOURCE) -> None
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output={output} is there already; remove it, or give another")
     source = resolve_model(model)
-    factors = lora.load(abstract_component(UNet, source / _UNET))
+    factors = lora.load(adaptable_shapes(source))
     if factors is None:
         raise UserError("there is nothing to merge; give --lora=FILE")
-    files = list(_files_to_write(source, dtype))
+    changes = {part: _changes(tree) for part, tree in factors.items() if tree}
+    files = list(_files_to_write(source, changes, dtype))
     try:
         with _whole_or_not_at_all(output) as partial:
-            _write(source, files, partial, _changes(factors.tree), dtype)
+            _write(source, files, partial, changes, dtype)
     except OSError as error:
         raise UserError(f"--output={output} cannot be written ({error.strerror})") from error
 
 
-def _is_changed(file: Path, dtype: str) -> bool:
+def _is_changed(file: Path, changes: Changes, dtype: str) -> bool:
     """Whether weights in this file, relative to the model's folder, are not those of the source."""
-    return file.parts[0] == _UNET or (dtype != _SOURCE and len(file.parts) > 1)
+    return file.parts[0] in changes or (dtype != _SOURCE and len(file.parts) > 1)
 
 
-def _files_to_write(source: Path, dtype: str) -> Iterator[Path]:
+def _files_to_write(source: Path, changes: Changes, dtype: str) -> Iterator[Path]:
     """The files of the model that belong to the merged one, relative to its folder."""
     # Links are followed: a part of a model may be that of another one.
     for folder, _, names in os.walk(source, followlinks=True):
         for file in (Path(folder, name).relative_to(source) for name in sorted(names)):
             weights = Path(re.sub(r"\.index(\.\w+)?\.json$", "", file.name))
-            if weights.suffix not in _OTHER_WEIGHTS or not _is_changed(file, dtype):
+            if weights.suffix not in _OTHER_WEIGHTS or not _is_changed(file, changes, dtype):
                 yield file
             elif not any(name.endswith(".safetensors") for name in names):
                 raise UserError(
@@ -109,38 +121,62 @@ def _whole_or_not_at_all(output: Path) -> Iterator[Path]:
 
 
 def _write(source: Path, files: list[Path], target: Path, changes: Changes, dtype: str) -> None:
-    missing = set(changes)
+    missing = {part: set(of_part) for part, of_part in changes.items()}
     for file in files:
         (target / file).parent.mkdir(parents=True, exist_ok=True)
-        if file.suffix == ".safetensors" and _is_changed(file, dtype):
-            in_unet = file.parts[0] == _UNET
-            tensors = dict(_merged(source / file, changes if in_unet else {}, dtype))
-            write_safetensors(tensors, target / file, read_metadata(source / file))
-            missing -= tensors.keys() if in_unet else set()
+        part = file.parts[0]
+        if file.suffix == ".safetensors" and _is_changed(file, changes, dtype):
+            tensors = dict(_merged(source / file, changes.get(part, {}), dtype))
+            header = {key: name_of(value) for key, value in read_metadata(source / file).items()}
+            write_safetensors(tensors, target / file, header)
+            missing.get(part, set()).difference_update(map(_current_name, tensors), tensors)
+        elif file.name.endswith("config.json") or file.name == "model_index.json":
+            _copy_config(source / file, target / file)
         else:
             shutil.copyfile(source / file, target / file)
-    if missing:
-        raise UserError(f"{source / _UNET}: no safetensors there have {min(missing)}")
+    for part, names in missing.items():
+        if names:
+            raise UserError(f"{source / part}: no safetensors there have {min(names)}")
     _forget_absent_parts(target)
 
 
-def _changes(factors: LoraTree) -> Changes:
+def _copy_config(source: Path, target: Path) -> None:
+    """Copies a config; where it says from which folder it was loaded, it keeps the name alone."""
+    config = read_json_object(source)
+    shared = config | {key: without_places(config[key]) for key in _PLACES if key in config}
+    if shared == config:
+        shutil.copyfile(source, target)
+    else:
+        target.write_text(json.dumps(shared, indent=2) + "\n", encoding="utf-8")
+
+
+def _changes(factors: LoraTree) -> dict[str, np.ndarray]:
     # By NumPy, because accelerators multiply float32 in less than its precision.
     flat = {keys: np.asarray(leaf) for keys, leaf in flatten_dict(factors).items()}
     return {
-        ".".join([*keys[:-1], "weight"]): (leaf @ flat[*keys[:-1], "up"]).T
+        ".".join([*keys[:-1], "weight"]): to_torch_layout(
+            ("kernel",), leaf @ flat[*keys[:-1], "up"]
+        )
         for keys, leaf in flat.items()
         if keys[-1] == "down"
     }
 
 
-def _merged(file: Path, changes: Changes, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
+def _current_name(name: str) -> str:
+    """That of a text tower's tensor, whose prefix transformers 5 leaves out of files."""
+    return f"text_model.{name}"
+
+
+def _merged(
+    file: Path, changes: Mapping[str, np.ndarray], dtype: str
+) -> Iterator[tuple[str, np.ndarray]]:
     for name, tensor in read_safetensors(file):
         stored = tensor.dtype if dtype == _SOURCE else jnp.dtype(dtype)
         if not jnp.issubdtype(tensor.dtype, jnp.floating):
             stored = tensor.dtype
-        if name in changes:
-            tensor = tensor.astype(np.float32) + changes[name]
+        change = changes.get(name, changes.get(_current_name(name)))
+        if change is not None:
+            tensor = tensor.astype(np.float32) + change
         yield name, tensor.astype(stored)
 
 

@@ -28,6 +28,7 @@ from alignprop_jax.devices.distributed import on_every_host, on_main
 from alignprop_jax.errors import UserError, run_program
 from alignprop_jax.flag_types import define_number
 from alignprop_jax.generators.load import load_generator
+from alignprop_jax.lora.adapters import factors_of_network
 from alignprop_jax.lora.mixing import NO_LORA, LoraMix, define_lora_flags
 from alignprop_jax.prompts.reading import load_prompts
 from alignprop_jax.records.images import save_images
@@ -60,13 +61,14 @@ def sample(
     loaded = load_generator(model, sample_size=image_size)
     generator, params = loaded.generator, loaded.params
     chain = Chain(generator, num_steps, generator.guidance(guidance_scale), eta)
-    adapter = lora.load(generator.network(params))
+    factors = lora.load(loaded.adaptable)
+    adapter = factors_of_network(factors)
     latent_keys, sampler_keys = make_image_keys(seed, len(prompts))
     if latents:
         start = read_latents(latents, len(prompts), generator.latent_shape)
     else:
         start = jax.vmap(generator.start)(latent_keys)
-    encoded = loaded.encode([negative_prompt, *prompts])
+    encoded = loaded.encode([negative_prompt, *prompts], factors)
     run = jax.jit(chain.sample, compiler_options=compiler_options())
     images = []
     batch_size = min(batch_size, len(prompts))

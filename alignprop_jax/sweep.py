@@ -26,7 +26,9 @@ from alignprop_jax.errors import run_program
 from alignprop_jax.evaluation.evaluator import make_evaluator, make_judges, summarize
 from alignprop_jax.evaluation.standardization import standardize_parts
 from alignprop_jax.experiment import UNSEEN, load_experiment
-from alignprop_jax.lora.adapters import Factors
+from alignprop_jax.loading.pretrained import adaptable_shapes
+from alignprop_jax.lora.adapters import factors_of_network
+from alignprop_jax.lora.factors import mix_loras
 from alignprop_jax.lora.files import load_lora
 from alignprop_jax.lora.mixing import LoraMix, parse_timesteps
 from alignprop_jax.records.metrics import JsonLines, Record
@@ -71,23 +73,28 @@ def sweep(
     LoraMix(tuple(files), mix=0.0)  # refuses what cannot be mixed before anything is loaded
     enable_compilation_cache()
     workdir = Workdir(path)
-    experiment = load_experiment(config)
-    loras = [Factors(load_lora(file, experiment.weights)[0]) for file in files]
+    shapes = adaptable_shapes(config.model)
+    loras = [load_lora(file, shapes)[0] for file in files]
+    alphas = [round(float(alpha), 4) for alpha in np.linspace(0.0, 1.0, points)]
+    mixes = [mix_loras(alpha, *loras) for alpha in alphas]
+    # The base model first: by its pictures rewards are scaled.
+    experiment = load_experiment(config, loras=[None, *mixes])
     evaluator = standardize_parts(make_evaluator(config, experiment), workdir)
-    split = experiment.splits[UNSEEN]
+    splits = [of_mix[UNSEEN] for of_mix in experiment.splits_of_loras[1:]]
+    prompts = splits[0].prompts
     if scorers is None:
-        scorers = make_judges(config, split.prompts)
+        scorers = make_judges(config, prompts)
     num_timesteps = experiment.generator.num_timesteps
     ranges = ranges or default_ranges(num_timesteps)
-    alphas = [round(float(alpha), 4) for alpha in np.linspace(0.0, 1.0, points)]
 
     lines = JsonLines(workdir.path / "sweep.jsonl")
     lines.keep(lambda record: False)
     pictures = []
     with progress_bar(points * len(ranges), "sweep", "point") as progress:
-        for timesteps, alpha in itertools.product(ranges, alphas):
+        points_of_range = list(zip(alphas, mixes, splits, strict=True))
+        for timesteps, (alpha, mix, split) in itertools.product(ranges, points_of_range):
             evaluation = evaluator.evaluate(
-                loras[0].mixed(alpha, *loras[1:]), split, scorers, f"alpha {alpha:g}", timesteps
+                factors_of_network(mix), split, scorers, f"alpha {alpha:g}", timesteps
             )
             settings = {"mix": alpha, "lora_timesteps": list(timesteps)}
             lines.append(settings | summarize(evaluation))
@@ -98,7 +105,7 @@ def sweep(
         workdir.path / "sweep.html",
         records,
         pictures,
-        prompts=split.prompts,
+        prompts=prompts,
         files=files,
         model=config.model,
         weights=config.reward,

@@ -14,6 +14,7 @@ from PIL import Image
 from alignprop_jax.devices.distributed import on_main
 from alignprop_jax.lora.files import LORA_FILE
 from alignprop_jax.records.metrics import Record, write_atomically
+from alignprop_jax.records.places import name_of, score_name
 
 MOST_PICTURES = 8
 _LARGEST = 160  # pixels across a picture: hundreds of them make one page
@@ -54,12 +55,12 @@ def write_page(
     # A sum of one part says nothing new.
     names = [*(["reward"] if is_sum else []), *parts, *judges]
     data = {
-        "model": Path(model).name,
-        "loras": [{"name": lora_name(file), "file": str(file)} for file in files],
+        "model": name_of(model),
+        "loras": [{"name": lora_name(file)} for file in files],
         "prompts": prompts[: len(pictures[0])],
         "numTimesteps": num_timesteps,
         "numSamples": records[0]["n"],
-        "scores": [{"name": name, "label": _label(name)} for name in names],
+        "scores": [{"name": score_name(name), "label": _label(name)} for name in names],
         "sum": " + ".join(summed) if is_sum else None,
         "points": [
             {
@@ -82,11 +83,11 @@ def lora_name(file: str) -> str:
     "runs/glossy/lora/pytorch_lora_weights.safetensors" is "glossy".
     """
     path = Path(file)
-    if path.name == LORA_FILE:
-        path = path.parent
-    if path.name == "lora":
-        path = path.parent
-    return path.name.removesuffix(".safetensors") or str(file)
+    for name in (LORA_FILE, "lora"):
+        # The name of a home directory is its owner's.
+        if path.name == name and path.parent != Path.home():
+            path = path.parent
+    return path.name.removesuffix(".safetensors") or "LoRA"
 
 
 def _label(score: str) -> str:

@@ -32,9 +32,11 @@ from alignprop_jax.evaluation.evaluator import Evaluator, make_evaluator, make_j
 from alignprop_jax.evaluation.standardization import standardize_parts
 from alignprop_jax.experiment import TRAIN, UNSEEN, Experiment, load_experiment
 from alignprop_jax.gradient_watch import GradientWatch
+from alignprop_jax.loading.pretrained import adaptable_shapes
 from alignprop_jax.lora.factors import count_parameters
 from alignprop_jax.lora.files import continue_lora
 from alignprop_jax.records.dashboards import open_dashboards
+from alignprop_jax.records.frozen_text import load_frozen_text
 from alignprop_jax.records.metrics import Record
 from alignprop_jax.records.progress import progress_bar
 from alignprop_jax.records.reports import Reports
@@ -62,7 +64,8 @@ def train(config: ConfigDict, path: epath.PathLike) -> None:
     validate(config)
     enable_compilation_cache()
     workdir = Workdir(path)
-    evaluator = make_evaluator(config, load_experiment(config))
+    text = load_frozen_text(config, workdir)
+    evaluator = make_evaluator(config, load_experiment(config, loras=[text]))
     experiment = evaluator.experiment
     state = create_state(config, experiment)
     with contextlib.closing(open_checkpoints(config, workdir, experiment, state)) as checkpoints:
@@ -95,7 +98,7 @@ def train(config: ConfigDict, path: epath.PathLike) -> None:
             if int(state.step) < config.train.num_steps:
                 print(f"stopped after step {int(state.step)}; the same command resumes the run")
                 return
-            save_trained(config, experiment, state, workdir)
+            save_trained(config, experiment, state, workdir, text)
             evaluate_after(int(state.step), state, workdir, reports)
     if distributed.is_main():
         seconds_earlier = sum(seconds_of_steps(workdir)[:first_step])
@@ -110,7 +113,8 @@ def start_from_file(config: ConfigDict, experiment: Experiment, state: TrainStat
     A run that is resumed has no more need of that file.
     """
     scale = config.lora.alpha / config.lora.rank
-    lora = continue_lora(config.lora.init, state.lora, experiment.weights, scale)
+    shapes = adaptable_shapes(config.model)
+    lora = continue_lora(config.lora.init, state.lora, shapes, scale)
     return state.replace(lora=sharding.put(lora, sharding.replicated(experiment.mesh)))
 
 

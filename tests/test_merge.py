@@ -42,10 +42,10 @@ def test_diffusers_draws_the_same_from_the_merged_folder(kind, tmp_path):
     encoded = encode(sd, params, tokenizers, ["", *PROMPTS])
     latents = np.random.default_rng(0).standard_normal((2, 8, 8, 4)).astype(np.float32)
     sample = jax.jit(make_sample(sd, 3, 4.0), compiler_options=QUICK_COMPILATION)
-    factors, _ = load_lora(lora, params["unet"])
+    factors, _ = load_lora(lora, params)
     frozen = {"unet": params["unet"], "vae": params["vae"]}
     noise = (latents, encoded[1:], encoded[:1], jax.random.key(0))
-    ours = sample(frozen, factors, *noise)
+    ours = sample(frozen, factors["unet"], *noise)
 
     pipeline = pipeline_class.from_pretrained(tmp_path / "merged", local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)

@@ -1,8 +1,10 @@
+import functools
 import json
 import math
 import shutil
 import subprocess
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,12 +16,18 @@ from safetensors.numpy import load_file
 from alignprop_jax.algorithms.presets import use_algorithm
 from alignprop_jax.config import load_config
 from alignprop_jax.errors import UserError
+from alignprop_jax.evaluate import evaluate
 from alignprop_jax.evaluation.evaluator import Evaluator
 from alignprop_jax.experiment import load_experiment
+from alignprop_jax.loading.pretrained import adaptable_shapes
 from alignprop_jax.loading.tensor_files import read_metadata
+from alignprop_jax.lora.factors import ATTENTION_PROJECTIONS, init_lora
+from alignprop_jax.lora.files import load_lora, save_parts
+from alignprop_jax.lora.mixing import LoraMix
 from alignprop_jax.train import is_due, train
 from alignprop_jax.train_steps import create_state
 from tests import nano_run
+from tests.random_lora import randomize_lora
 
 METRICS = {
     "step",
@@ -78,8 +86,13 @@ def test_a_run_leaves_the_files_it_promises(finished_run):
     assert json.loads((workdir / "config.json").read_text())["lora"]["rank"] == 4
     for name in ("pytorch_lora_weights.safetensors", "comfyui_lora.safetensors"):
         header = read_metadata(workdir / "lora" / name)
-        assert json.loads(header["config"]) == json.loads((workdir / "config.json").read_text())
-        assert header["base_model"].endswith("model") and header["reward"].endswith("redness")
+        config = json.loads((workdir / "config.json").read_text())
+        folder = str(Path(config["model"]).parent)
+        names = ("model", "prompts", "eval_prompts", "reward")
+        config |= {key: config[key].removeprefix(f"{folder}/") for key in names}
+        assert json.loads(header["config"]) == config
+        assert (header["base_model"], header["reward"]) == ("model", "rewards.py:redness")
+        assert folder.encode() not in (workdir / "lora" / name).read_bytes()
     pictures = {path.stem for path in (workdir / "images").glob("*.png")}
     assert pictures == {
         *(f"{split}_{when}" for split in ("train", "unseen") for when in ("before", "after")),
@@ -150,6 +163,44 @@ def test_a_run_goes_on_from_a_lora_file(config, finished_run, tmp_path):
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 2
 
 
+def test_a_part_for_the_text_encoder_applies_and_stays_in_the_file(config, tmp_path):
+    """At the first evaluation, after a resume without the file, and in what the run writes."""
+    shapes = adaptable_shapes(config.model)
+    parts = {
+        part: randomize_lora(init_lora(jax.random.key(0), shapes[part], 4, targets), size=0.3)
+        for part, targets in {
+            "unet": ATTENTION_PROJECTIONS,
+            "text_encoder": ("q_proj", "fc1"),
+        }.items()
+    }
+    file = tmp_path / "lora.safetensors"
+    save_parts(file, parts)
+    evaluated = evaluate(config, tmp_path / "other", LoraMix((str(file),)))
+    without = tmp_path / "without.safetensors"
+    save_parts(without, {"unet": parts["unet"]})
+    plain = evaluate(config, tmp_path / "other", LoraMix((str(without),)))
+    assert abs(plain["train"]["reward_mean"] - evaluated["train"]["reward_mean"]) > 1e-3
+
+    config.lora.init, config.train.num_steps = str(file), 1
+    train(config, tmp_path / "run")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["reward_before"] == pytest.approx(evaluated["train"]["reward_mean"], abs=1e-5)
+    file.unlink()
+    config.train.num_steps = 2
+    train(config, tmp_path / "run")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    for name in ("pytorch_lora_weights.safetensors", "comfyui_lora.safetensors"):
+        written = tmp_path / "run" / "lora" / name
+        loaded, _ = load_lora(written, shapes)
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=1e-6),
+            loaded["text_encoder"],
+            parts["text_encoder"],
+        )
+        result = evaluate(config, tmp_path / "other", LoraMix((str(written),)))
+        assert result["train"]["reward_mean"] == pytest.approx(summary["reward_after"], abs=1e-5)
+
+
 def test_a_lora_file_of_another_model_or_rank_is_refused(config, finished_run, tmp_path):
     from tests import torch_pipeline
 
@@ -203,14 +254,9 @@ def test_a_killed_run_resumes_to_the_same_numbers(finished_run, nano_config, tmp
     # The file of arrays records when it was written.
     assert resumed.pop("before.npz") and uninterrupted.pop("before.npz")
     assert resumed == uninterrupted
-    # The bytes of the files may differ by the order of the metadata.
-    resumed, uninterrupted = (
-        load_file(path / "lora" / "pytorch_lora_weights.safetensors")
-        for path in (workdir, expected)
-    )
-    assert resumed.keys() == uninterrupted.keys()
-    for name, array in resumed.items():
-        np.testing.assert_array_equal(array, uninterrupted[name], name)
+    for name in ("pytorch_lora_weights.safetensors", "comfyui_lora.safetensors"):
+        resumed, uninterrupted = (path / "lora" / name for path in (workdir, expected))
+        assert resumed.read_bytes() == uninterrupted.read_bytes(), name
 
 
 def test_sigterm_makes_a_checkpoint_and_the_run_resumes(finished_run, nano_config, tmp_path):

@@ -13,6 +13,7 @@ from PIL import Image
 from alignprop_jax.comparison.runs import Run
 from alignprop_jax.experiment import TRAIN, UNSEEN
 from alignprop_jax.records.metrics import write_atomically
+from alignprop_jax.records.places import name_of
 
 _LARGEST = 720  # pixels of a grid's longer edge
 _TEMPLATE = resources.files("alignprop_jax") / "assets" / "comparison.html"
@@ -26,7 +27,7 @@ def write_page(path: Path, results: Mapping[str, Any], runs: Sequence[Run]) -> N
         results: from `results.gather`.
         runs: they are of; the grids are those of each method's first finished one.
     """
-    data = {**results, "pictures": _pictures(runs), "model": runs[0].config.model}
+    data = {**results, "pictures": _pictures(runs), "model": name_of(runs[0].config.model)}
     # The name of a method may hold what ends a script.
     text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     write_atomically(path, _TEMPLATE.read_text(encoding="utf-8").replace(_PLACEHOLDER, text))

@@ -8,6 +8,7 @@ import numpy as np
 
 from alignprop_jax.comparison.runs import Run
 from alignprop_jax.experiment import TRAIN, UNSEEN
+from alignprop_jax.records.places import score_name
 from alignprop_jax.records.summary import seconds_of_steps
 from alignprop_jax.records.workdir import Workdir
 
@@ -72,7 +73,9 @@ def _curves_of_run(run: Run) -> dict[str, Any]:
         names = [
             name.removesuffix("_mean") for name in of_split[steps[0]] if name.endswith("_mean")
         ]
-        curves[split] = {name: [of_split[s].get(f"{name}_mean") for s in steps] for name in names}
+        curves[split] = {
+            score_name(name): [of_split[s].get(f"{name}_mean") for s in steps] for name in names
+        }
     return curves
 
 

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from alignprop_jax.generators.loaded import Loaded
 from alignprop_jax.generators.stable_diffusion.prompts import encode
 from alignprop_jax.loading.pretrained import load_stable_diffusion
@@ -32,4 +34,10 @@ def load_generator(
     """
     sd, params, tokenizers = load_stable_diffusion(model, execution, sample_size, shardings_of)
     frozen = {"unet": params["unet"], "vae": params["vae"]}
-    return Loaded(sd, frozen, functools.partial(encode, sd, params, tokenizers), tokenizers[0])
+    adaptable = {
+        name: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+        for name, tree in params.items()
+        if name != "vae"
+    }
+    encode_all = functools.partial(encode, sd, params, tokenizers)
+    return Loaded(sd, frozen, encode_all, adaptable, tokenizers[0])

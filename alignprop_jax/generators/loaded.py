@@ -1,7 +1,7 @@
 """A generator that was loaded, with what encodes its prompts."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxtyping import PyTree
@@ -16,12 +16,15 @@ class Loaded:
     Attributes:
         generator: its modules and settings.
         params: frozen parameters of the chain; those of text encoders are not among them.
-        encode: gives texts as the generator takes them, with the texts as leading axis. It holds
-            the text encoders: let go of it once all prompts are encoded.
+        encode: `encode(texts, lora=None)` gives texts as the generator takes them, with the texts
+            as leading axis, and the text encoders changed by a LoRA by parts. It holds the text
+            encoders: let go of it once all prompts are encoded.
+        adaptable: by its name, the shapes of each part that a LoRA may adapt.
         tokenizer: of the first text encoder.
     """
 
     generator: Generator
     params: Any
-    encode: Callable[[Sequence[str]], PyTree]
+    encode: Callable[..., PyTree]
+    adaptable: Mapping[str, Any]
     tokenizer: Any

@@ -36,7 +36,7 @@ _ORIGINAL_ENDS = {new: old for old, new in _UNET_ENDS.items()}
 _ORIGINAL_RESNET = {new: old for old, new in _UNET_RESNET.items()}
 _STAGE = re.compile(
     r"(?:(?P<kind>down|up)_blocks\.(?P<level>\d+)|mid_block)\."
-    r"(?P<part>resnets|attentions)\.(?P<index>\d+)\.(?P<layer>.+)"
+    r"(?P<part>resnets|attentions|downsamplers|upsamplers)\.(?P<index>\d+)\.(?P<layer>.+)"
 )
 
 _VAE_LEVEL = re.compile(r"(encoder|decoder)\.(?:down|up)\.(\d+)\.(.+)")
@@ -94,27 +94,35 @@ def _unet_layer(layer: str, index: int) -> str:
 
 
 def original_unet_layers(layers: Iterable[str]) -> dict[str, str]:
-    """The original name of the linear layers of a UNet in diffusers' names, all of which are given.
+    """The original name of the layers of a UNet in diffusers' names, all of which are given.
 
-    All, because the blocks before a layer, whose number its original name holds, are told by them:
-    every residual block has a linear layer.
+    All, because the blocks before a layer, whose number its original name holds, are told by them.
     """
     matches = {layer: _STAGE.fullmatch(layer) for layer in layers}
     blocks = {match.group("kind", "level", "part", "index") for match in matches.values() if match}
     depth = Counter((kind, level) for kind, level, part, _ in blocks if part == "resnets")
+    with_attention = {(kind, level) for kind, level, part, _ in blocks if part == "attentions"}
 
     def original(layer: str, match: re.Match[str] | None) -> str:
         if match is None:
             return _ORIGINAL_ENDS.get(layer, layer)
         index, in_attention = int(match["index"]), match["part"] == "attentions"
-        rest = match["layer"] if in_attention else _ORIGINAL_RESNET[match["layer"]]
+        stage = match.group("kind", "level")
+        rest = match["layer"] if in_attention else _ORIGINAL_RESNET.get(match["layer"])
         if match["kind"] is None:
             return f"middle_block.{2 * index + in_attention}.{rest}"
         before = [depth[match["kind"], str(level)] for level in range(int(match["level"]))]
         if match["kind"] == "up":
+            if match["part"] == "upsamplers":
+                # At the end of the resolution's last block.
+                place = 1 + (stage in with_attention)
+                return f"output_blocks.{sum(before) + depth[stage] - 1}.{place}.conv"
             return f"output_blocks.{sum(before) + index}.{int(in_attention)}.{rest}"
         # The entrance comes first, and behind every resolution the step to the next.
-        return f"input_blocks.{1 + sum(before) + len(before) + index}.{int(in_attention)}.{rest}"
+        first = 1 + sum(before) + len(before)
+        if match["part"] == "downsamplers":
+            return f"input_blocks.{first + depth[stage]}.0.op"
+        return f"input_blocks.{first + index}.{int(in_attention)}.{rest}"
 
     return {layer: original(layer, match) for layer, match in matches.items()}
 

@@ -182,6 +182,26 @@ def load_stable_diffusion(
     return sd, params, tokenizers
 
 
+def adaptable_shapes(model: str | Path) -> dict[str, ParamTree]:
+    """The shapes of the parts of a pipeline that a LoRA may adapt: UNet and text encoders.
+
+    Args:
+        model: as for `open_model`.
+
+    Raises:
+        UserError: as `load_stable_diffusion`.
+    """
+    source = open_model(model)
+    unet = UNet(source.config("unet", UNetConfig.from_dict))
+    encoders = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+    modules = {
+        name: module(source.config(name, CLIPTextConfig.from_dict))
+        for name, module in encoders.items()
+        if name == "text_encoder" or source.has(name)
+    }
+    return {name: abstract_params(module) for name, module in {"unet": unet, **modules}.items()}
+
+
 def _check_channels(source: ModelSource, unet: UNetConfig, vae: VAEConfig) -> None:
     if unet.in_channels != vae.latent_channels:
         raise UserError(
@@ -241,12 +261,6 @@ def load_component(
     config = source.config("", _CONFIG_CLASSES[module_class].from_dict)
     module = module_class(config, Execution(jnp.dtype(dtype)))
     return module, source.params("", abstract_params(module), dtype)
-
-
-def abstract_component(module_class: type[nn.Module], folder: Path) -> ParamTree:
-    """The shapes of the one model in `folder`; UserError where its config cannot be read."""
-    config = FolderSource(folder).config("", _CONFIG_CLASSES[module_class].from_dict)
-    return abstract_params(module_class(config))
 
 
 def abstract_params(module: nn.Module) -> ParamTree:

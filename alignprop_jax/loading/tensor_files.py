@@ -10,11 +10,26 @@ from typing import Any
 import numpy as np
 from etils import epath
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save, save_file
 
 from alignprop_jax.errors import UserError
 from alignprop_jax.loading.buckets import in_bucket
 from alignprop_jax.loading.torch_file import read_pickle, read_pickle_shapes
+
+_DTYPES = {
+    "bool": "BOOL",
+    "uint8": "U8",
+    "int8": "I8",
+    "uint16": "U16",
+    "int16": "I16",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "uint32": "U32",
+    "int32": "I32",
+    "float32": "F32",
+    "uint64": "U64",
+    "int64": "I64",
+    "float64": "F64",
+}
 
 
 def write_safetensors(
@@ -23,25 +38,50 @@ def write_safetensors(
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes named arrays to a disk or a bucket; UserError where the file cannot be written."""
-    # safetensors writes the memory behind a view, not the view; order="C" keeps scalars scalar.
-    contiguous = {name: np.array(tensor, order="C") for name, tensor in tensors.items()}
     # transformers refuses a file whose header does not name the framework.
-    header = {"format": "pt", **(metadata or {})}
+    parts = _serialize(tensors, {"format": "pt", **(metadata or {})})
     if in_bucket(path):
-        epath.Path(path).write_bytes(save(contiguous, header))
+        epath.Path(path).write_bytes(b"".join(parts))
         return
     path = Path(path)
     partial = path.with_name(f"{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.touch()
-        usual_mode = partial.stat().st_mode
-        save_file(contiguous, partial, header)
-        # safetensors leaves a file that its owner alone can read.
-        partial.chmod(usual_mode)
+        with partial.open("wb") as file:
+            file.writelines(parts)
         os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise UserError(f"{path}: cannot be written ({error})") from error
+
+
+def _serialize(
+    tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+) -> Iterator[bytes | memoryview]:
+    """A safetensors file: the length of its header, the header as JSON, then the arrays.
+
+    The same tensors and entries give the same bytes, in any order; the library's own writer orders
+    entries anew every time.
+    """
+    # Wide numbers first, so that each array lies at a multiple of the size of its numbers.
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    start = 0
+    for name in names:
+        tensor = tensors[name]
+        end = start + tensor.nbytes
+        header[name] = {
+            "dtype": _DTYPES[tensor.dtype.name],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+        start = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little")
+    yield text
+    for name in names:
+        # What is written is the memory behind an array, which is not a view's order.
+        yield np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8).data
 
 
 def read_tensors(path: str | Path, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:

@@ -17,9 +17,9 @@ from alignprop_jax.lora.factors import (
     adapt,
     init_changes,
     init_lora,
-    mix_loras,
     scale_lora,
 )
+from alignprop_jax.lora.names import UNET
 
 
 @flax.struct.dataclass
@@ -32,13 +32,14 @@ class Factors:
         """The factors whose change is `scale` times that of these."""
         return Factors(scale_lora(self.tree, scale))
 
-    def mixed(self, share: float | Array, other: "Factors | None" = None) -> "Factors":
-        """`share` of this change and the rest of the other's, see `factors.mix_loras`."""
-        return Factors(mix_loras(share, self.tree, other and other.tree))
-
     def variables(self, weights: Mapping[str, Any]) -> dict[str, Any]:
         """Weights, and factors as a collection of their own, which linear layers look up."""
         return adapt(weights, self.tree)
+
+
+def factors_of_network(parts: LoraTree | None) -> Factors | None:
+    """The network's factors of a LoRA by parts, as `files.load_lora` gives it; None for none."""
+    return None if parts is None else Factors(parts[UNET])
 
 
 @flax.struct.dataclass

@@ -1,12 +1,14 @@
 """Low-rank adaptation (Hu et al., 2021, arXiv 2106.09685): a trainable tree beside frozen weights.
 
 The tree mirrors the modules of the adapted model and holds {"down": [in, r], "up": [r, out]} at
-each adapted linear layer, which computes x W + (alpha / r) (x down) up. Every layer has its own,
-under the name that files have for it, those of `stacked_layers` too. The tree of a full fine-tuning
-holds {"change": [...]} at every weight instead, of the weight's own shape.
+each adapted linear layer, which computes x W + (alpha / r) (x down) up. At a convolution of k x k
+pixels, they are [k, k, in, r] and [1, 1, r, out]. Every layer has its own, under the name that
+files have for it, those of `stacked_layers` too. The tree of a full fine-tuning holds
+{"change": [...]} at every weight instead, of the weight's own shape.
 """
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,8 +26,8 @@ LoraTree = Mapping[str, Any]
 ATTENTION_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
-# Of a factor, which axis is as long as the rank.
-_RANK_AXES = {"down": 1, "up": 0}
+# Of a factor, which axis is as long as the rank; counted from the end, so for convolutions too.
+_RANK_AXES = {"down": -1, "up": -2}
 _CHANGE = "change"
 _SCALED = ("up", _CHANGE)
 
@@ -42,33 +44,35 @@ def init_lora(
         key: source of the random factors.
         params: the model's parameters, or anything of their shapes.
         rank: r, the same for every layer.
-        targets: the names of the linear layers to adapt, or the ends of their dotted paths; by
-            default the projections of every attention.
+        targets: the names of the linear layers and convolutions to adapt, or the ends of their
+            dotted paths; by default the projections of every attention.
 
     Raises:
-        UserError: the rank is not positive, or there is no target, or one matches no linear layer.
+        UserError: the rank is not positive, or there is no target, or one matches no such layer.
     """
     if rank < 1:
         raise UserError(f"lora.rank is {rank}; it must be at least 1")
     if not targets:
         raise UserError("lora.targets is empty; there would be nothing to train")
-    linears = linear_shapes(params)
+    known = layer_shapes(params)
     adapted = {}
     for target in targets:
-        matches = {name for name in linears if f".{name}".endswith(f".{target}")}
+        matches = {name for name in known if f".{name}".endswith(f".{target}")}
         if not matches:
             raise UserError(
-                f"lora.targets has {target!r}, which is no linear layer of the model; "
-                f"those of attention are {', '.join(ATTENTION_PROJECTIONS)}"
+                f"lora.targets has {target!r}, which is no linear layer or convolution of the "
+                f"model; those of attention are {', '.join(ATTENTION_PROJECTIONS)}"
             )
-        adapted |= {name: linears[name] for name in matches}
+        adapted |= {name: known[name] for name in matches}
     layers = sorted(adapted.values())
     # As many rows for all as the widest layer needs: one program, where one a width takes seconds.
-    drawn = np.asarray(_draw_normal(key, len(layers), max(fan_in for _, fan_in, _ in layers), rank))
+    fans_in = [math.prod(shape[:-1]) for _, shape in layers]
+    drawn = np.asarray(_draw_normal(key, len(layers), max(fans_in), rank))
     factors = {}
-    for rows, (path, fan_in, fan_out) in zip(drawn, layers, strict=True):
-        factors[*path, "down"] = rows[:fan_in] / rank
-        factors[*path, "up"] = np.zeros((rank, fan_out), np.float32)
+    for rows, fan_in, (path, (*inputs, fan_out)) in zip(drawn, fans_in, layers, strict=True):
+        ones = (1,) * (len(inputs) - 1)
+        factors[*path, "down"] = rows[:fan_in].reshape(*inputs, rank) / rank
+        factors[*path, "up"] = np.zeros((*ones, rank, fan_out), np.float32)
     return unflatten_dict(factors)
 
 
@@ -94,7 +98,7 @@ def init_changes(params: Mapping[str, Any]) -> LoraTree:
 def adapt(params: Mapping[str, Any], lora: LoraTree | None) -> dict[str, Any]:
     """The variables of a model with factors or changes, their scale folded in; None for neither.
 
-    Factors are a collection of their own, which linear layers look up; changes are added up.
+    Factors are a collection of their own, which layers look up; changes are added up.
     Layers whose weights lie behind one another find their factors so, too, of the highest rank that
     one of them has; those of a lower rank and of no layer are filled up by zeros.
     """
@@ -126,21 +130,38 @@ def _stack(factors: Sequence[Array | None], rank_axis: int) -> Float[Array, "n .
     rank = max(factor.shape[rank_axis] for factor in factors)
 
     def fill(factor: Array) -> Array:
-        widths = [(0, 0), (0, 0)]
+        widths = [(0, 0)] * factor.ndim
         widths[rank_axis] = (0, rank - factor.shape[rank_axis])
         return jnp.pad(factor, widths)
 
     return jnp.stack([fill(factor) for factor in factors])
 
 
-def linear_shapes(params: Mapping[str, Any]) -> dict[str, tuple[tuple[str, ...], int, int]]:
-    """Path in the tree of factors, input and output size of every linear layer, by dotted name."""
+def layer_shapes(params: Mapping[str, Any]) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
+    """What can be adapted: of every linear layer and convolution, by its dotted name in files.
+
+    Returns:
+        The path in the tree of factors, and the shape of the kernel: [in, out], or
+        [height, width, in, out].
+    """
     return {
-        ".".join(path[:-1]): (path[:-1], *shape)
+        ".".join(path[:-1]): (path[:-1], shape)
         for every, leaf in flatten_dict(params).items()
         for path, shape in single_layers(every, tuple(leaf.shape))
-        if path[-1] == "kernel" and len(shape) == 2
+        if path[-1] == "kernel"
     }
+
+
+def linear_shapes(params: Mapping[str, Any]) -> dict[str, tuple[tuple[str, ...], int, int]]:
+    """Path in the tree of factors, input and output size of every linear layer, by dotted name."""
+    layers = layer_shapes(params).items()
+    return {name: (path, *shape) for name, (path, shape) in layers if len(shape) == 2}
+
+
+def rank_of(lora: LoraTree) -> int:
+    """The rank of a tree of one rank."""
+    (rank,) = {leaf.shape[-1] for path, leaf in flatten_dict(lora).items() if path[-1] == "down"}
+    return rank
 
 
 def scale_lora(lora: LoraTree, scale: float | Array) -> LoraTree:

@@ -2,25 +2,33 @@
 
 A layer is three tensors, lora_down [r, in], lora_up [out, r] and the scalar alpha, under the name
 of the layer with underscores for dots: diffusers' name for Stable Diffusion 1.x and 2.x, and for XL
-that of the original code, whose blocks count through all resolutions.
+that of the original code, whose blocks count through all resolutions. A convolution's are
+[r, in, height, width] and [out, r, 1, 1]. Layers of text encoders have transformers' names.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from alignprop_jax.errors import UserError
 from alignprop_jax.loading.ldm_names import original_unet_layers
 from alignprop_jax.loading.tensor_files import write_safetensors
-from alignprop_jax.lora.factors import LoraTree, linear_shapes
+from alignprop_jax.loading.weights import to_torch_layout
+from alignprop_jax.lora.factors import LoraTree, layer_shapes, linear_shapes, rank_of
 
 KOHYA_FILE = "comfyui_lora.safetensors"
-PREFIX = "lora_unet_"
+# What names begin with, by part of the model: of two text encoders, the first is te1.
+PREFIXES = {
+    "lora_unet_": "unet",
+    "lora_te_": "text_encoder",
+    "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+}
+_PREFIXES_OF_XL = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
+_PREFIXES_OF_OTHERS = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
 
-_FACTORS = {"lora_down.weight": "down", "lora_up.weight": "up", "alpha": "alpha"}
 # What kohya's trainers and the model metadata standard (modelspec) call a base model, by whether it
 # is an XL, the width of its context and what it predicts.
 _BASE_MODELS = {
@@ -41,6 +49,7 @@ def save_kohya_lora(
     unet_params: Mapping[str, Any],
     prediction_type: str,
     metadata: Mapping[str, Any] | None = None,
+    text: LoraTree | None = None,
 ) -> None:
     """Writes a UNet's factors as ComfyUI and A1111's web UI read them.
 
@@ -51,63 +60,48 @@ def save_kohya_lora(
         unet_params: the parameters of the adapted UNet, or anything of their shapes.
         prediction_type: what that UNet predicts, in the words of diffusers' schedulers.
         metadata: what to record in the header, beside what the readers look for there.
+        text: factors of text encoders by their names, with their scale folded in, as `load_lora`
+            gives them.
 
     Raises:
         UserError: the file cannot be written.
     """
-    layers = linear_shapes(unet_params)
-    original = original_unet_layers(layers) if _is_xl(unet_params) else {}
-    factors = flatten_dict(lora)
-    (rank,) = {leaf.shape[-1] for path, leaf in factors.items() if path[-1] == "down"}
+    is_xl = _is_xl(unet_params)
+    original = original_unet_layers(layer_shapes(unet_params)) if is_xl else {}
+    prefixes = _PREFIXES_OF_XL if is_xl else _PREFIXES_OF_OTHERS
     tensors = {}
-    for keys, leaf in factors.items():
-        layer = ".".join(keys[:-1])
-        name = PREFIX + original.get(layer, layer).replace(".", "_")
-        tensors[f"{name}.lora_{keys[-1]}.weight"] = np.asarray(leaf, np.float32).T
-        tensors[f"{name}.alpha"] = np.float32(alpha)
+    for part, tree in {"unet": lora, **(text or {})}.items():
+        for keys, leaf in flatten_dict(tree).items():
+            layer = ".".join(keys[:-1])
+            layer = original.get(layer, layer) if part == "unet" else layer
+            name = prefixes[part] + layer.replace(".", "_")
+            tensors[f"{name}.lora_{keys[-1]}.weight"] = to_torch_layout(
+                ("kernel",), np.asarray(leaf, np.float32)
+            )
+            if keys[-1] == "down":
+                of_layer = alpha if part == "unet" else leaf.shape[-1]
+                tensors[f"{name}.alpha"] = np.float32(of_layer)
     header = {
         **(metadata or {}),
         **_base_model(unet_params, prediction_type, title=Path(path).stem),
         "ss_network_module": "networks.lora",
-        "ss_network_dim": rank,
+        "ss_network_dim": rank_of(lora),
         "ss_network_alpha": alpha,
     }
     write_safetensors(tensors, path, {name: str(value) for name, value in header.items()})
 
 
-def kohya_layers(unet_params: Mapping[str, Any]) -> dict[str, str]:
-    """The dotted name of every linear layer, by each of the names kohya's files may have for it."""
-    original = original_unet_layers(linear_shapes(unet_params))
-    return {
-        name.replace(".", "_"): layer
-        for layer, other in original.items()
-        for name in (layer, other)
-    }
-
-
-def parse_kohya_key(file: Path, name: str, layers: Mapping[str, str]) -> tuple[str, str]:
-    """The layer, and "down", "up" or "alpha".
+def kohya_layers(layers: Mapping[str, Iterable[str]]) -> dict[str, dict[str, str]]:
+    """By part, the dotted name of every layer by each of the names kohya's files may have for it.
 
     Args:
-        file: for messages.
-        name: of a tensor, beginning with `PREFIX`.
-        layers: of the model, from `kohya_layers`.
-
-    Raises:
-        UserError: it is no such tensor, or for a layer that the model has not.
+        layers: by part, all dotted names.
     """
-    stem, _, kind = name.removeprefix(PREFIX).partition(".")
-    if kind not in _FACTORS:
-        raise UserError(
-            f"{file}: {name} is no tensor of a plain LoRA (lora_down, lora_up, alpha); other "
-            "kinds, such as LoHa, are not supported"
-        )
-    if stem not in layers:
-        raise UserError(
-            f"{file}: {name} is for a layer that is no linear one of this model; the LoRA was made "
-            "for another model, or adapts convolutions, which is not supported"
-        )
-    return layers[stem], _FACTORS[kind]
+    names = {part: {name.replace(".", "_"): name for name in of} for part, of in layers.items()}
+    original = original_unet_layers(layers.get("unet", ()))
+    others = {other.replace(".", "_"): name for name, other in original.items()}
+    names["unet"] = others | names.get("unet", {})
+    return names
 
 
 def _is_xl(unet_params: Mapping[str, Any]) -> bool:

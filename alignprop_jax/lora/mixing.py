@@ -9,7 +9,7 @@ from absl import flags
 
 from alignprop_jax.errors import UserError
 from alignprop_jax.flag_types import define_number
-from alignprop_jax.lora.adapters import Factors
+from alignprop_jax.lora.factors import LoraTree, mix_loras
 from alignprop_jax.lora.files import load_lora
 
 BASE_MODEL = "none"
@@ -57,16 +57,22 @@ class LoraMix:
     def _adapted(self) -> bool:
         return self.files not in ((), (BASE_MODEL,))
 
-    def load(self, unet_params: Mapping[str, Any]) -> Factors | None:
-        """Reads the files; returns factors with their scale folded in, None for the base model.
+    def load(self, params: Mapping[str, Any]) -> LoraTree | None:
+        """Reads the files.
+
+        Args:
+            params: by its name, each part of the model that a LoRA may adapt, as for `load_lora`.
+
+        Returns:
+            By part, the factors with their scale folded in; None for the base model.
 
         Raises:
-            UserError: as `lora_file.load_lora`.
+            UserError: as `load_lora`.
         """
         if not self._adapted:
             return None
-        loras = [Factors(load_lora(file, unet_params)[0]) for file in self.files]
-        return loras[0] if self.mix is None else loras[0].mixed(self.mix, *loras[1:])
+        loras = [load_lora(file, params)[0] for file in self.files]
+        return loras[0] if self.mix is None else mix_loras(self.mix, *loras)
 
     def __str__(self) -> str:
         if not self._adapted:

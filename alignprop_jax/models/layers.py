@@ -57,6 +57,9 @@ class Linear(nn.Module):
 class Conv(nn.Module):
     """A square convolution that keeps the size at stride 1 unless `padding` says otherwise.
 
+    Where the collection "lora" has factors for this layer, a convolution of as many pixels by
+    "down" and one of 1 x 1 by "up" are added, see `Linear`.
+
     Attributes:
         by: a function of `convolution`.
     """
@@ -75,7 +78,13 @@ class Conv(nn.Module):
         bias = weight(self, "bias", nn.initializers.zeros, (self.features,))
         x, kernel, bias = (y.astype(self.dtype) for y in (x, kernel, bias))
         padding = self.padding or ((around, around), (around, around))
-        return self.by(x, kernel, (self.stride, self.stride), padding) + bias.reshape((1, 1, 1, -1))
+        strides = (self.stride, self.stride)
+        y = self.by(x, kernel, strides, padding) + bias.reshape((1, 1, 1, -1))
+        if self.has_variable("lora", "down"):
+            down = self.get_variable("lora", "down").astype(self.dtype)
+            up = self.get_variable("lora", "up").astype(self.dtype)
+            y += self.by(x, down, strides, padding) @ up[0, 0]
+        return y
 
 
 def repeat_rows(x: Shaped[Array, "b *s"], number: int) -> Shaped[Array, "n *s"]:

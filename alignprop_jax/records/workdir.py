@@ -38,6 +38,7 @@ class Workdir:
         self.checkpoints = path / "checkpoints"
         self.lora = path / "lora" / LORA_FILE
         self.kohya_lora = path / "lora" / KOHYA_FILE
+        self.text_lora = path / "lora" / "text_encoder_of_init.safetensors"
         self.unet = path / "unet" / "diffusion_pytorch_model.safetensors"
         self.reward_parts = path / "reward_parts.json"
         self._summary = path / "summary.json"

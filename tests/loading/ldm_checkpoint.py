@@ -81,7 +81,7 @@ def build_parts(family, vocab_size, max_length):
 def to_ldm(family, parts):
     """The state dict of a single-file checkpoint that holds the parts."""
     state = {"alphas_cumprod": torch.ones(1000), "model_ema.decay": torch.ones(())}
-    unet = _unet(parts["unet"])
+    unet = to_ldm_unet(parts["unet"])
     state |= {f"model.diffusion_model.{name}": value for name, value in unet.items()}
     state |= {f"first_stage_model.{name}": value for name, value in _vae(parts["vae"]).items()}
     text = parts["text_encoder"].state_dict()
@@ -116,7 +116,8 @@ def _substitute(name, pairs):
     return name
 
 
-def _unet(unet):
+def to_ldm_unet(unet):
+    """The weights of a UNet by their names in the original code, in the order of its own."""
     layers = unet.config.layers_per_block
     resnet = (
         ("norm1", "in_layers.0"),

@@ -183,7 +183,7 @@ def test_sizes(pipeline, version, sample_size, edited, capsys):
     capsys.readouterr()
     sd, *_ = load_stable_diffusion(folder)
     assert sd.latent_shape == (side, side, 4)
-    assert sd.image_shape == (side * peer.vae_scale_factor, side * peer.vae_scale_factor, 3)
+    assert sd.sample_shape == (side * peer.vae_scale_factor, side * peer.vae_scale_factor, 3)
     assert ("sample_size=8, an outdated" in capsys.readouterr().out) == (side == 64)
 
 

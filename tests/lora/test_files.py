@@ -11,8 +11,9 @@ from safetensors.numpy import load_file, save_file
 
 from alignprop_jax.errors import UserError
 from alignprop_jax.loading.pretrained import abstract_params
+from alignprop_jax.lora import files
 from alignprop_jax.lora.factors import init_lora, scale_lora
-from alignprop_jax.lora.files import LORA_FILE, continue_lora, load_lora, save_lora
+from alignprop_jax.lora.files import LORA_FILE, save_lora
 from alignprop_jax.models.unet import UNet, UNetConfig
 from tests import torch_pipeline
 from tests.random_lora import lora_changes, randomize_lora
@@ -25,6 +26,17 @@ LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 @pytest.fixture(scope="module")
 def unet_params():
     return abstract_params(UNet(UNetConfig.from_dict(torch_pipeline.UNETS["tiny"])))
+
+
+def load_lora(path, unet_params):
+    """The UNet's factors, and the header's entries."""
+    tree, metadata = files.load_lora(path, {"unet": unet_params})
+    assert tree.keys() == {"unet"}
+    return tree["unet"], metadata
+
+
+def continue_lora(path, fresh, unet_params, scale):
+    return files.continue_lora(path, fresh, {"unet": unet_params}, scale)
 
 
 def add_adapter(unet, **settings):
@@ -186,10 +198,34 @@ DOWN, UP = np.ones((2, 16), np.float32), np.ones((16, 2), np.float32)
             {"unet.mid.to_q.lora_A.weight": DOWN},
             "unet.mid.to_q.lora_A.weight is for a layer that this model does not have",
         ),
-        ({"unet.conv_in.lora_A.weight": DOWN}, "unet.conv_in.lora_A.weight is for a layer"),
-        ({"text_encoder.x.lora_A.weight": DOWN}, "text_encoder.x.lora_A.weight adapts the text"),
-        ({f"unet.{LAYER}.lora_B.bias": DOWN}, f"unet.{LAYER}.lora_B.bias is no tensor of a LoRA"),
-        ({"lora_unet_x.alpha": DOWN}, "lora_unet_x.alpha is for a layer that is no linear one"),
+        (
+            {"unet.conv_in.lora_A.weight": DOWN, "unet.conv_in.lora_B.weight": UP},
+            r"unet.conv_in.lora_A.weight has shape \[2, 16\], this model needs \[rank, 4, 3, 3\]",
+        ),
+        (
+            {"unet.conv_norm_out.lora_A.weight": DOWN},
+            "unet.conv_norm_out.lora_A.weight adapts a layer that is neither linear nor a convol",
+        ),
+        (
+            {"text_encoder.x.lora_A.weight": DOWN},
+            ".* adapts text_encoder, which this model",
+        ),
+        ({f"unet.{LAYER}.lora_B.bias": DOWN}, f"unet.{LAYER}.lora_B.bias is of a LoRA with biases"),
+        (
+            {f"unet.{LAYER}.lora_C.weight": DOWN},
+            ".*lora_C.weight is no tensor of a LoRA",
+        ),
+        ({f"unet.{LAYER}.lora_magnitude_vector": DOWN}, ".* is of a DoRA, which is not supported"),
+        ({"lora_unet_x.alpha": DOWN}, "lora_unet_x.alpha is for a layer that this model does not"),
+        ({f"unet.{LAYER}.alpha": DOWN[:1, :1]}, "no LoRA tensors in it"),
+        ({A: DOWN * np.nan, B: UP}, f"{A} has numbers that are NaN or infinite"),
+        ({A: DOWN, B: UP * np.inf}, f"{B} has numbers that are NaN or infinite"),
+        ({A: DOWN.astype(np.int32), B: UP}, f"{A} is of type int32"),
+        ({A: DOWN[:0], B: UP[:, :0]}, f"layer {LAYER} is of rank 0"),
+        (
+            {A: DOWN, A.replace("weight", "one.weight"): DOWN, B: UP},
+            ".* and .* are for the same layer; one is needed",
+        ),
     ],
 )
 def test_wrong_file_is_refused_by_name(tmp_path, unet_params, tensors, message):
@@ -201,9 +237,27 @@ def test_wrong_file_is_refused_by_name(tmp_path, unet_params, tensors, message):
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        ("{", "its adapter configuration is not JSON"),
-        ("[]", "its adapter configuration is not JSON"),
-        ('{"unet.r": 2}', "its adapter configuration has lora_alpha=None, not a number"),
+        ("{", "the header's lora_adapter_metadata: cannot be read as a JSON object"),
+        ("[" * 100_000, "the header's lora_adapter_metadata: cannot be read as a JSON object"),
+        ("[]", "the header's lora_adapter_metadata: holds \\[\\], where a JSON object belongs"),
+        ('{"unet.r": 2}', "its adapter configuration: lacks the key lora_alpha"),
+        ('{"lora_alpha": NaN}', "its adapter configuration: lora_alpha=NaN is not supported"),
+        (
+            '{"lora_alpha": 1e400}',
+            "lora_alpha=Infinity is not supported",
+        ),
+        ('{"lora_alpha": 1, "alpha_pattern": [1]}', "alpha_pattern=\\[1\\] is not supported"),
+        ('{"lora_alpha": 1, "alpha_pattern": {"(": 1}}', 'the key "\\(" of alpha_pattern is not'),
+        ('{"lora_alpha": 1, "alpha_pattern": {"*": 1}}', 'the key "\\*" of alpha_pattern is not'),
+        (
+            '{"lora_alpha": 1, "alpha_pattern": {"((.*)*)*x": 1}}',
+            "it must be the name of a layer or its end, in which .* may stand twice",
+        ),
+        ('{"lora_alpha": 1, "alpha_pattern": {".*.*.*x": 1}}', "in which .* may stand twice"),
+        (
+            '{"lora_alpha": 1, "use_dora": true}',
+            "has use_dora: it is a DoRA",
+        ),
     ],
 )
 def test_wrong_header_is_refused(tmp_path, unet_params, header, message):

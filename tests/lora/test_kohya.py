@@ -8,8 +8,8 @@ from safetensors.numpy import load_file, save_file
 
 from alignprop_jax.errors import UserError
 from alignprop_jax.loading.pretrained import abstract_params
-from alignprop_jax.lora.factors import init_lora, linear_shapes, scale_lora
-from alignprop_jax.lora.files import load_lora
+from alignprop_jax.lora import files
+from alignprop_jax.lora.factors import init_lora, layer_shapes, linear_shapes, scale_lora
 from alignprop_jax.lora.kohya import KOHYA_FILE, kohya_layers, save_kohya_lora
 from alignprop_jax.models.unet import UNet, UNetConfig
 from tests import torch_pipeline
@@ -25,6 +25,11 @@ DEEP = {
     "transformer_layers_per_block": [1, 1, 2],
     "attention_head_dim": [1, 2, 2],
 }
+
+
+def load_lora(path, unet_params):
+    tree, metadata = files.load_lora(path, {"unet": unet_params})
+    return tree["unet"], metadata
 
 
 def unet_shapes(name, **overrides):
@@ -94,7 +99,9 @@ def test_names_of_stable_diffusion_xl_are_the_original_codes(tmp_path):
 
 def test_resolutions_may_differ_in_depth():
     """0 is the entrance, 1 and 2 belong to the first resolution, 3 to 5 to the second."""
-    layers = kohya_layers(unet_shapes("sdxl", layers_per_block=[1, 3]))
+    layers = kohya_layers({"unet": layer_shapes(unet_shapes("sdxl", layers_per_block=[1, 3]))})[
+        "unet"
+    ]
     assert layers["input_blocks_5_1_proj_in"] == "down_blocks.1.attentions.2.proj_in"
     assert layers["output_blocks_3_1_proj_in"] == "up_blocks.0.attentions.3.proj_in"
     assert layers["output_blocks_4_0_emb_layers_1"] == "up_blocks.1.resnets.0.time_emb_proj"
@@ -156,6 +163,7 @@ def test_header_tells_what_readers_ask_for(tmp_path, name, width, prediction_typ
 
 LAYER = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 DOWN, UP = np.ones((2, 16), np.float32), np.ones((16, 2), np.float32)
+PAIR = {f"{LAYER}.lora_down.weight": DOWN, f"{LAYER}.lora_up.weight": 4 * UP}
 
 
 def test_without_alpha_the_rank_is_meant(tmp_path):
@@ -186,11 +194,18 @@ def test_ranks_and_alphas_may_differ_and_have_an_axis(tmp_path):
     ("tensors", "message"),
     [
         ({f"{LAYER}.lora_down.weight": DOWN}, "has lora_A and lacks lora_B"),
-        ({"lora_unet_conv_in.lora_down.weight": DOWN}, "lora_unet_conv_in.* no linear one"),
-        ({f"{LAYER}.hada_w1_a": DOWN}, "hada_w1_a is no tensor of a plain LoRA"),
-        ({"lora_te_text_model_x.lora_down.weight": DOWN}, "lora_te_text_model_x.* adapts the text"),
+        ({"lora_unet_x.lora_down.weight": DOWN}, "lora_unet_x.* that this model does not have"),
+        ({f"{LAYER}.hada_w1_a": DOWN}, "hada_w1_a is of a LoHa, which is not supported"),
+        ({f"{LAYER}.lokr_w1": DOWN}, "lokr_w1 is of a LoKr, which is not supported"),
+        ({f"{LAYER}.dora_scale": DOWN}, "dora_scale is of a DoRA, which is not supported"),
+        ({f"{LAYER}.lora_mid.weight": DOWN}, "is of a LoRA of three factors"),
+        ({f"{LAYER}.diff": DOWN}, "diff is no tensor of a plain LoRA"),
+        ({"lora_te_text_model_x.lora_down.weight": DOWN}, "adapts text_encoder, which this model"),
         ({f"{LAYER}.lora_down.weight": np.ones((2, 5), np.float32)}, r"has shape \[2, 5\]"),
-        ({f"{LAYER}.alpha": DOWN}, r"alpha has shape \[2, 16\]; it is one number"),
+        (PAIR | {f"{LAYER}.alpha": DOWN}, r"alpha has shape \[2, 16\]; it is one number"),
+        (PAIR | {f"{LAYER}.alpha": DOWN[0, :1] * np.nan}, "alpha has numbers that are NaN"),
+        (PAIR | {f"{LAYER}.alpha": np.array([3e38], np.float32)}, "makes its factors infinite"),
+        ({f"{LAYER}.alpha": DOWN[0, :1]}, "no LoRA tensors in it"),
     ],
 )
 def test_wrong_file_is_refused_by_name(tmp_path, tensors, message):

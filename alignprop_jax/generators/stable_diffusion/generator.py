@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int, Key
 from alignprop_jax.core.generator import Adapter
 from alignprop_jax.core.guidance import Guidance, classifier_free
 from alignprop_jax.errors import UserError
+from alignprop_jax.lora.factors import LoraTree, adapt
 from alignprop_jax.models.attention_functions import attend_in_blocks
 from alignprop_jax.processes.ddim import DDIMScheduler, SamplerSteps
 
@@ -222,15 +223,20 @@ class StableDiffusion:
 
 
 def encode_prompts(
-    sd: StableDiffusion, params: Params, input_ids: Sequence[Int[Array, "b l"]]
+    sd: StableDiffusion,
+    params: Params,
+    input_ids: Sequence[Int[Array, "b l"]],
+    lora: LoraTree | None = None,
 ) -> Conditioning:
     """Runs the text encoders.
 
     Args:
         input_ids: token ids for each text encoder.
+        lora: by part of the model, factors with their scale folded in.
     """
+    lora = lora or {}
     states = [
-        encoder.apply({"params": params[name]}, ids)
+        encoder.apply(adapt(params[name], lora.get(name)), ids)
         for encoder, name, ids in zip(sd.text_encoders, TEXT_ENCODERS, input_ids, strict=False)
     ]
     if len(states) == 1:
