@@ -39,6 +39,8 @@ def _parse_flags(argv: list[str]) -> list[str]:
         remaining = flags.FLAGS(argv)
     except (flags.Error, UserError) as error:
         _exit(f"error: {error}", 2)
+    except UnicodeDecodeError as error:
+        _exit(f"error: the file of --flagfile is not UTF-8 text ({error.reason})", 2)
     if len(remaining) > 1:
         _exit(f"error: unexpected argument {remaining[1]!r}; flags are --NAME=VALUE", 2)
     # absl raises the verbosity to INFO otherwise, and libraries bury the program's own lines.

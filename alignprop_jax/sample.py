@@ -10,6 +10,7 @@ given the same. --lora adds a LoRA, --lora A --lora B --mix 0.3 takes 0.3 A + 0.
 
 import contextlib
 import errno
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -198,9 +199,14 @@ if __name__ == "__main__":
         "prompts", None, "text file with one prompt a line, or a built-in list", required=True
     )
     _OUTPUT = flags.DEFINE_string("output", None, "a .npy file or a folder of PNGs", required=True)
+    flags.register_validator("output", bool, "a .npy file or a folder")
     _read_lora = define_lora_flags()
     _LATENTS = flags.DEFINE_string("latents", None, "noise to start from, .npy [B, C, h, w]")
     _NEGATIVE_PROMPT = flags.DEFINE_string("negative_prompt", "", "what to steer away from")
+    # Bytes of a command line that are no text come as halves of surrogate pairs.
+    flags.register_validator(
+        "negative_prompt", lambda text: not re.search("[\ud800-\udfff]", text), "UTF-8 text"
+    )
     _NUM_STEPS = flags.DEFINE_integer("num_steps", 50, "denoising steps", 1, MOST_STEPS)
     _GUIDANCE_SCALE = define_number("guidance_scale", 5.0, "1 for no guidance", 1, MOST_GUIDANCE)
     _HEIGHT = flags.DEFINE_integer("height", 0, "pixels; 0: as trained on", 0, MOST_PIXELS)

@@ -19,6 +19,9 @@ def redness(images, prompts):
 def undefined(images, prompts):
     return jnp.log(images.mean(axis=(1, 2, 3)) - 2.0)
 
+def infinite(images, prompts):
+    return 1.0 / (images.mean(axis=(1, 2, 3)) * 0.0)
+
 def flat(images, prompts):
     return jnp.maximum(images.mean(axis=(1, 2, 3)) - 2.0, 0.0)
 

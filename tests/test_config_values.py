@@ -185,7 +185,7 @@ def test_a_flag_file_acts_as_the_command_line_does(config_file, tmp_path, monkey
     "arguments, message",
     [
         (["--config.=1"], "unknown config key config.; known"),
-        (["--config"], "Missing value for flag --config"),
+        (["--config"], "--config is given twice"),
         (["--config=other.py"], "--config is given twice"),
         (["--config.algorithm"], "config.algorithm='' must be one of"),
         (["--noconfig.algorithm"], "config.algorithm='' must be one of"),

@@ -48,6 +48,15 @@ def test_bad_input_is_one_line(argument, status, line):
     assert result.stdout == ""
 
 
+def test_a_flag_file_that_is_no_text_is_one_line(tmp_path):
+    (tmp_path / "flags").write_bytes(b"--count=2\xff")
+    result = run(f"--flagfile={tmp_path / 'flags'}")
+    assert result.returncode == 2
+    assert result.stderr == (
+        "error: the file of --flagfile is not UTF-8 text (invalid start byte)\n"
+    )
+
+
 def test_a_good_run_prints_only_its_own_lines():
     result = run("--count=2")
     assert (result.returncode, result.stdout, result.stderr) == (0, "ran\n", "")

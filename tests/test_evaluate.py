@@ -83,3 +83,17 @@ def test_several_loras_and_rewards_at_once(nano_config, workdir):
         assert train["reward/jpeg_compress_mean"] < 0
         assert f"LoRA {result['lora']}" in process.stdout
     assert (workdir / "images" / "unseen_evaluation_2.png").is_file()
+
+
+def test_a_reward_that_is_not_finite_is_said(config, workdir, capsys):
+    for name, value in (("undefined", "nan"), ("infinite", "inf")):
+        config.reward = config.reward.replace("redness", name).replace("undefined", name)
+        results = evaluate(config, workdir, NO_LORA, scorers={})
+        out = capsys.readouterr().out
+        for split, number in (("train", 6), ("unseen", 2)):
+            assert f"{results[split]['reward_mean']}" == value
+            assert "reward_ci95" not in results[split]
+            assert (
+                f"note: reward is NaN or infinite for {number} of {number} samples, {split}" in out
+            )
+        assert value in describe(results)

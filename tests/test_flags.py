@@ -92,6 +92,15 @@ def test_values_of_flags(program, define):
                 assert parsed < 2**32
 
 
+def test_texts_that_are_none(define):
+    required = PROGRAMS["sample"]
+    define("sample", required)
+    for argument in ("--negative_prompt=\udcff", "--output="):
+        flags.FLAGS.unparse_flags()
+        with pytest.raises(flags.Error, match=argument.partition("=")[0]):
+            flags.FLAGS(["sample", *required, argument])
+
+
 def test_a_number_lies_between_its_bounds():
     flag_values = flags.FlagValues()
     for argument in ("nan", "inf", "0.9", "2.1", "x"):
