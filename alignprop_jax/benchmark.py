@@ -22,6 +22,7 @@ from absl import flags
 
 from alignprop_jax.benchmarking.curves import QUANTITIES, describe_curves, measure_curves
 from alignprop_jax.benchmarking.work import Work
+from alignprop_jax.children import run_child
 from alignprop_jax.errors import UserError, run_program
 from alignprop_jax.loading.pretrained import open_model
 from alignprop_jax.models.unet import UNetConfig
@@ -65,7 +66,8 @@ def benchmark(works: Sequence[Work], rounds: int, peer_python: str = "") -> list
 def _run(command: Sequence[str]) -> dict[str, Any]:
     # The peer's interpreter must not find this package's environment.
     environment = {key: value for key, value in os.environ.items() if key != "VIRTUAL_ENV"}
-    process = subprocess.run(command, capture_output=True, text=True, env=environment)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = run_child(command, **pipes, env=environment)
     if process.returncode:
         last = process.stderr.strip().splitlines()[-1:]
         raise UserError(f"{' '.join(command[:3])} failed: {''.join(last)}")

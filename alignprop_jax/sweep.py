@@ -30,6 +30,7 @@ from alignprop_jax.experiment import UNSEEN, load_experiment
 from alignprop_jax.lora.factors import mix_loras
 from alignprop_jax.lora.files import load_lora
 from alignprop_jax.lora.mixing import LoraMix, parse_timesteps
+from alignprop_jax.records.lock import locked
 from alignprop_jax.records.metrics import JsonLines, Record
 from alignprop_jax.records.progress import progress_bar
 from alignprop_jax.records.workdir import Workdir
@@ -63,13 +64,26 @@ def sweep(
         n, mean and standard deviation of every score.
 
     Raises:
-        UserError: the config, a file it names, a LoRA, a reward or the folder cannot be used.
+        UserError: the config, a file it names, a LoRA, a reward or the folder cannot be used, or
+            another process works in that.
     """
     config = add_rewards(config, rewards)
     validate(config)
     LoraMix(tuple(files), mix=0.0)  # refuses what cannot be mixed before anything is loaded
     enable_compilation_cache()
     workdir = Workdir(path)
+    with locked(workdir.path):
+        return _sweep(config, workdir, files, points, ranges, scorers)
+
+
+def _sweep(
+    config: ConfigDict,
+    workdir: Workdir,
+    files: Sequence[str],
+    points: int,
+    ranges: Sequence[tuple[int, int]],
+    scorers: dict[str, Scorer] | None,
+) -> list[Record]:
     experiment = load_experiment(config)
     loras = [load_lora(file, experiment.params["unet"])[0] for file in files]
     evaluator = standardize_parts(make_evaluator(config, experiment), workdir)

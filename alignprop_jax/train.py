@@ -16,6 +16,7 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
+from alignprop_jax import signals
 from alignprop_jax.algorithms.state import TrainState
 from alignprop_jax.checkpoints import Checkpoints, make_fingerprint
 from alignprop_jax.config import define_config_flag, lora_scale, validate
@@ -34,6 +35,7 @@ from alignprop_jax.experiment import TRAIN, UNSEEN, Experiment, load_experiment
 from alignprop_jax.lora.factors import count_parameters
 from alignprop_jax.lora.files import continue_lora
 from alignprop_jax.records.dashboards import open_dashboards
+from alignprop_jax.records.lock import locked
 from alignprop_jax.records.metrics import Record
 from alignprop_jax.records.progress import progress_bar
 from alignprop_jax.records.reports import Reports
@@ -53,16 +55,21 @@ TrainStep = Callable[[TrainState], tuple[TrainState, dict[str, jax.Array]]]
 def train(config: ConfigDict, path: epath.PathLike) -> None:
     """Runs or resumes the run of `config` in the folder `path`.
 
-    After SIGTERM it makes a checkpoint at the next step and returns.
-
     Raises:
-      UserError: the config, a file it names or the folder cannot be used; or the gradient was not
-        finite `MAX_SKIPPED_IN_A_ROW` steps in a row.
+      UserError: the config, a file it names or the folder cannot be used, or another process works
+        in that; or the gradient was not finite `MAX_SKIPPED_IN_A_ROW` steps in a row.
+      SystemExit: a program that handles signals was sent one while it trained, and the run can be
+        resumed from a checkpoint of the step that it was at.
     """
     began = time.perf_counter()
     validate(config)
     enable_compilation_cache()
     workdir = Workdir(path)
+    with locked(workdir.path):
+        _train(config, workdir, began)
+
+
+def _train(config: ConfigDict, workdir: Workdir, began: float) -> None:
     evaluator = make_evaluator(config, load_experiment(config))
     experiment = evaluator.experiment
     state = create_state(config, experiment)
@@ -79,7 +86,7 @@ def train(config: ConfigDict, path: epath.PathLike) -> None:
             return
         if first_step > config.train.num_steps:
             raise UserError(
-                f"the run in {path} is at step {first_step} already; "
+                f"the run in {workdir.path} is at step {first_step} already; "
                 f"config.train.num_steps={config.train.num_steps} must be at least that"
             )
         announce(config, experiment, state)
@@ -93,9 +100,6 @@ def train(config: ConfigDict, path: epath.PathLike) -> None:
             if not resumed:
                 workdir.save_before(reports.evaluate(0, state.lora, "before"))
             state = run_steps(config, train_step, state, workdir, reports, checkpoints)
-            if int(state.step) < config.train.num_steps:
-                print(f"stopped after step {int(state.step)}; the same command resumes the run")
-                return
             save_trained(config, experiment, state, workdir)
             evaluate_after(int(state.step), state, workdir, reports)
     if distributed.is_main():
@@ -186,14 +190,15 @@ def run_steps(
 ) -> TrainState:
     """Trains from the state's step to the last, recording, evaluating and checkpointing.
 
-    Returns the state after the last step, or after the one at which the machine was to be given up.
+    Returns the state after the last step, which is in a whole checkpoint.
 
     Raises:
       UserError: the gradient was not finite `MAX_SKIPPED_IN_A_ROW` steps in a row.
+      SystemExit: a signal came, to any of the processes; all of them end after the same step.
     """
     first_step, num_steps = int(state.step), config.train.num_steps
     bar = progress_bar(num_steps, "training", "step", initial=first_step)
-    with bar as progress, distributed.preemption_notice() as preempted:
+    with bar as progress, signals.deferred() as signal_received:
         for step in range(first_step + 1, num_steps + 1):
             began = time.perf_counter()
             state, metrics = train_step(state)
@@ -213,11 +218,15 @@ def run_steps(
             # While steps are skipped, the last good checkpoint is the one to come back to.
             due = is_due(step, config.checkpoint.every) and not metrics["skipped_in_a_row"]
             candidate = config.checkpoint.keep_best and reward is not None
-            last = preempted(step) or step == num_steps
-            if due or candidate or last:
+            signal = distributed.largest(signal_received())
+            if due or candidate or signal or step == num_steps:
                 checkpoints.save(step, state, reward)
-            if last:
-                break
+            if signal:
+                checkpoints.wait()
+                print(f"stopped after step {step}; the same command resumes the run")
+                signals.exit_by(signal)
+        # From here on a signal ends the run at once.
+        checkpoints.wait()
     return state
 
 
