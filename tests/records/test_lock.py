@@ -27,6 +27,21 @@ def quick(monkeypatch):
     monkeypatch.setattr(lock, "_SECONDS_TO_SETTLE", 0.05)
 
 
+def test_a_file_that_its_holder_has_removed_meanwhile_is_no_lock(tmp_path, monkeypatch):
+    path, take = tmp_path / ".lock", lock.fcntl.lockf
+
+    def released_before(file, how):
+        monkeypatch.setattr(lock.fcntl, "lockf", take)
+        path.unlink()
+        take(file, how)
+
+    monkeypatch.setattr(lock.fcntl, "lockf", released_before)
+    mine = FileLock(path)
+    assert mine.take() is None
+    assert path.exists()
+    mine.release()
+
+
 HOLDER = """
 import sys, time
 from alignprop_jax.records import lock
