@@ -24,6 +24,7 @@ from absl import flags
 
 from alignprop_jax.benchmarking.curves import QUANTITIES, describe_curves, measure_curves
 from alignprop_jax.benchmarking.work import Work
+from alignprop_jax.children import run_child
 from alignprop_jax.config import MOST_GUIDANCE, MOST_IMAGES, MOST_STEPS
 from alignprop_jax.errors import UserError, run_program
 from alignprop_jax.flag_types import define_number
@@ -70,8 +71,9 @@ def _run(command: Sequence[str]) -> dict[str, Any]:
     # The peer's interpreter must not find this package's environment.
     environment = {key: value for key, value in os.environ.items() if key != "VIRTUAL_ENV"}
     name = " ".join(command[:3])
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     try:
-        process = subprocess.run(command, capture_output=True, text=True, env=environment)
+        process = run_child(command, **pipes, env=environment)
     except OSError as error:
         raise UserError(f"{name} cannot be run ({error.strerror})") from error
     if process.returncode:

@@ -154,8 +154,12 @@ class Checkpoints:
             raise _cannot_be_read(path, error) from error
         return jax.tree.map(_with_key_type_of, state, restored)
 
-    def close(self) -> None:
+    def wait(self) -> None:
         """Waits until everything is on disk."""
+        self._checkpointer.wait()
+
+    def close(self) -> None:
+        """Waits until everything is on disk, and lets it go."""
         self._checkpointer.close()
 
     def _check_fingerprint(self) -> None:

@@ -12,15 +12,17 @@ curves and pictures; docs/comparison.md tells what each is.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
 from alignprop_jax.comparison.methods import DEFAULT_METHODS, Method
 from alignprop_jax.comparison.page import write_page
 from alignprop_jax.comparison.results import gather, table
-from alignprop_jax.comparison.runs import Budget, plan_runs
+from alignprop_jax.comparison.runs import Budget, Run, plan_runs
 from alignprop_jax.config import MOST_IMAGES, MOST_STEPS, MOST_TIMES
 from alignprop_jax.errors import UserError, run_program
+from alignprop_jax.records.lock import locked
 from alignprop_jax.records.metrics import write_json
 
 
@@ -39,23 +41,28 @@ def compare(
         methods: as `Method.parse` reads them.
 
     Raises:
-        UserError: a method, a reward or a setting is unknown, or a run fails.
+        UserError: a method, a reward or a setting is unknown, a run fails, or another process works
+            in the folder.
     """
     parsed = [Method.parse(text) for text in methods]
     if len({method.folder for method in parsed}) < len(parsed):
         raise UserError(f"--method is given twice: {', '.join(methods)}")
     runs = plan_runs(workdir, config_file, rewards, parsed, seeds, budget)
-    for number, run in enumerate(runs, start=1):
-        if not run.is_finished():
-            print(f"run {number} of {len(runs)}: {run.path}", flush=True)
-            run.train()
-            results = gather(runs)
-            write_json(workdir / "comparison.json", results)
-            write_page(workdir / "comparison.html", results, runs)
+    workdir.mkdir(parents=True, exist_ok=True)
+    with locked(workdir):
+        for number, run in enumerate(runs, start=1):
+            if not run.is_finished():
+                print(f"run {number} of {len(runs)}: {run.path}", flush=True)
+                run.train()
+                _write(workdir, runs)
+        return table(_write(workdir, runs))
+
+
+def _write(workdir: Path, runs: Sequence[Run]) -> dict[str, Any]:
     results = gather(runs)
     write_json(workdir / "comparison.json", results)
     write_page(workdir / "comparison.html", results, runs)
-    return table(results)
+    return results
 
 
 if __name__ == "__main__":

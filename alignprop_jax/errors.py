@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 from absl import app, flags, logging
 
+from alignprop_jax import signals
+
 
 class UserError(Exception):
     """Bad input: one line that names the culprit and the cure."""
@@ -23,15 +25,17 @@ def note(message: str) -> None:
 def run_program(main: Callable[[list[str]], None]) -> None:
     """Parses the flags and runs `main(argv)`, reporting bad input in one line.
 
-    Exits with 2 for a flag or a config key that cannot be used, with 1 for any other `UserError`
-    and with 130 when interrupted. Other exceptions are defects and keep their traceback.
+    Exits with 2 for a flag or a config key that cannot be used, with 1 for any other `UserError`,
+    with 130 after SIGINT and with 143 after SIGTERM. Other exceptions are defects and keep their
+    traceback.
     """
     try:
-        app.run(main, flags_parser=_parse_flags)
+        with signals.handled():
+            app.run(main, flags_parser=_parse_flags)
     except UserError as error:
         _exit(f"error: {error}", 1)
-    except KeyboardInterrupt:
-        _exit("interrupted", 130)
+    except KeyboardInterrupt:  # By a library that has put back Python's own handler.
+        _exit("interrupted by SIGINT", 130)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

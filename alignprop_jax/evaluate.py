@@ -37,6 +37,7 @@ from alignprop_jax.loading.pretrained import adaptable_shapes
 from alignprop_jax.lora.adapters import factors_of_network
 from alignprop_jax.lora.mixing import BASE_MODEL, LoraMix, define_flags_of_loras
 from alignprop_jax.records.images import columns_for, make_grid
+from alignprop_jax.records.lock import locked
 from alignprop_jax.records.metrics import write_json
 from alignprop_jax.records.workdir import Workdir
 from alignprop_jax.rewards.base import Scorer
@@ -62,11 +63,23 @@ def evaluate(
       Of several LoRAs, a list of these as "loras".
 
     Raises:
-      UserError: the config, a file it names, the LoRA or the folder cannot be used.
+      UserError: the config, a file it names, the LoRA or the folder cannot be used, or another
+        process works in that.
     """
     validate(config)
     enable_compilation_cache()
     workdir = Workdir(path)
+    with locked(workdir.path):
+        return _evaluate(config, workdir, loras, rewards, scorers)
+
+
+def _evaluate(
+    config: ConfigDict,
+    workdir: Workdir,
+    loras: Sequence[LoraMix],
+    rewards: Sequence[str],
+    scorers: dict[str, Scorer] | None,
+) -> dict[str, Any]:
     loras = tuple(lora if lora.files else LoraMix((find_lora(workdir),)) for lora in loras)
     shapes = adaptable_shapes(config.model)
     trees = [lora.load(shapes) for lora in loras]

@@ -21,6 +21,7 @@ import numpy as np
 from absl import flags
 from flax.traverse_util import flatten_dict
 
+from alignprop_jax import signals
 from alignprop_jax.errors import UserError, run_program
 from alignprop_jax.foreign_json import read_json_object
 from alignprop_jax.loading.pretrained import adaptable_shapes, resolve_model
@@ -111,6 +112,7 @@ def _whole_or_not_at_all(output: Path) -> Iterator[Path]:
             f"{partial} is there already, as a merge leaves it that is killed; remove it"
         )
     partial.mkdir(parents=True)
+    signals.at_end(lambda: _remove(partial))
     try:
         yield partial
         if output.exists():
@@ -118,6 +120,13 @@ def _whole_or_not_at_all(output: Path) -> Iterator[Path]:
         os.replace(partial, output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _remove(partial: Path) -> None:
+    """Removes the folder while it is being filled, and not once it has become the output."""
+    aside = partial.with_name(f"{partial.name}.removed")
+    os.replace(partial, aside)
+    shutil.rmtree(aside)
 
 
 def _write(source: Path, files: list[Path], target: Path, changes: Changes, dtype: str) -> None:

@@ -34,6 +34,7 @@ from alignprop_jax.lora.mixing import NO_LORA, LoraMix, define_lora_flags
 from alignprop_jax.prompts.reading import load_prompts
 from alignprop_jax.records.images import save_images
 from alignprop_jax.records.progress import progress_bar
+from alignprop_jax.records.whole_file import whole_file
 
 
 def sample(
@@ -149,7 +150,8 @@ def write_output(path: Path, images: Float[np.ndarray, "b H W 3"], prompts: list
     check_output(path)
     with _named_output(path):
         if path.suffix == ".npy":
-            np.save(path, images.astype(np.float32))
+            with whole_file(path) as file:
+                np.save(file, images.astype(np.float32))
         else:
             save_images(path, images, prompts)
 

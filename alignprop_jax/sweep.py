@@ -31,6 +31,7 @@ from alignprop_jax.lora.adapters import factors_of_network
 from alignprop_jax.lora.factors import mix_loras
 from alignprop_jax.lora.files import load_lora
 from alignprop_jax.lora.mixing import LoraMix, parse_timesteps
+from alignprop_jax.records.lock import locked
 from alignprop_jax.records.metrics import JsonLines, Record
 from alignprop_jax.records.progress import progress_bar
 from alignprop_jax.records.workdir import Workdir
@@ -66,13 +67,26 @@ def sweep(
         n, mean and standard deviation of every score.
 
     Raises:
-        UserError: the config, a file it names, a LoRA, a reward or the folder cannot be used.
+        UserError: the config, a file it names, a LoRA, a reward or the folder cannot be used, or
+            another process works in that.
     """
     config = add_rewards(config, rewards)
     validate(config)
     LoraMix(tuple(files), mix=0.0)  # refuses what cannot be mixed before anything is loaded
     enable_compilation_cache()
     workdir = Workdir(path)
+    with locked(workdir.path):
+        return _sweep(config, workdir, files, points, ranges, scorers)
+
+
+def _sweep(
+    config: ConfigDict,
+    workdir: Workdir,
+    files: Sequence[str],
+    points: int,
+    ranges: Sequence[tuple[int, int]],
+    scorers: dict[str, Scorer] | None,
+) -> list[Record]:
     shapes = adaptable_shapes(config.model)
     loras = [load_lora(file, shapes)[0] for file in files]
     alphas = [round(float(alpha), 4) for alpha in np.linspace(0.0, 1.0, points)]

@@ -16,6 +16,7 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
+from alignprop_jax import signals
 from alignprop_jax.algorithms.state import TrainState
 from alignprop_jax.checkpoints import Checkpoints, make_fingerprint
 from alignprop_jax.config import define_config_flag, validate
@@ -37,6 +38,7 @@ from alignprop_jax.lora.factors import count_parameters
 from alignprop_jax.lora.files import continue_lora
 from alignprop_jax.records.dashboards import open_dashboards
 from alignprop_jax.records.frozen_text import load_frozen_text
+from alignprop_jax.records.lock import locked
 from alignprop_jax.records.metrics import Record
 from alignprop_jax.records.progress import progress_bar
 from alignprop_jax.records.reports import Reports
@@ -54,16 +56,22 @@ TrainStep = Callable[[TrainState], tuple[TrainState, dict[str, jax.Array]]]
 def train(config: ConfigDict, path: epath.PathLike) -> None:
     """Runs or resumes the run of `config` in the folder `path`.
 
-    After SIGTERM it makes a checkpoint at the next step and returns.
-
     Raises:
-      UserError: the config, a file it names or the folder cannot be used; a sample is NaN or
-        infinite; or the gradient is so that nothing is trained, see `GradientWatch`.
+      UserError: the config, a file it names or the folder cannot be used, or another process works
+        in that; a sample is NaN or infinite; or the gradient is so that nothing is trained, see
+        `GradientWatch`.
+      SystemExit: a program that handles signals was sent one while it trained, and the run can be
+        resumed from a checkpoint of the step that it was at.
     """
     began = time.perf_counter()
     validate(config)
     enable_compilation_cache()
     workdir = Workdir(path)
+    with locked(workdir.path):
+        _train(config, workdir, began)
+
+
+def _train(config: ConfigDict, workdir: Workdir, began: float) -> None:
     text = load_frozen_text(config, workdir)
     evaluator = make_evaluator(config, load_experiment(config, loras=[text]))
     experiment = evaluator.experiment
@@ -81,7 +89,7 @@ def train(config: ConfigDict, path: epath.PathLike) -> None:
             return
         if first_step > config.train.num_steps:
             raise UserError(
-                f"the run in {path} is at step {first_step} already; "
+                f"the run in {workdir.path} is at step {first_step} already; "
                 f"config.train.num_steps={config.train.num_steps} must be at least that"
             )
         announce(config, experiment, state)
@@ -95,9 +103,6 @@ def train(config: ConfigDict, path: epath.PathLike) -> None:
             if not resumed:
                 workdir.save_before(reports.evaluate(0, state.lora, "before"))
             state = run_steps(config, train_step, state, workdir, reports, checkpoints)
-            if int(state.step) < config.train.num_steps:
-                print(f"stopped after step {int(state.step)}; the same command resumes the run")
-                return
             save_trained(config, experiment, state, workdir, text)
             evaluate_after(int(state.step), state, workdir, reports)
     if distributed.is_main():
@@ -192,15 +197,16 @@ def run_steps(
 ) -> TrainState:
     """Trains from the state's step to the last, recording, evaluating and checkpointing.
 
-    Returns the state after the last step, or after the one at which the machine was to be given up.
+    Returns the state after the last step, which is in a whole checkpoint.
 
     Raises:
       UserError: the gradient is so that nothing is trained, or a sample of an evaluation is NaN.
+      SystemExit: a signal came, to any of the processes; all of them end after the same step.
     """
     first_step, num_steps = int(state.step), config.train.num_steps
     watch = GradientWatch(config, first_step)
     bar = progress_bar(num_steps, "training", "step", initial=first_step)
-    with bar as progress, distributed.preemption_notice() as preempted:
+    with bar as progress, signals.deferred() as signal_received:
         for step in range(first_step + 1, num_steps + 1):
             began = time.perf_counter()
             state, metrics = train_step(state)
@@ -220,11 +226,15 @@ def run_steps(
             # While steps are skipped, the last good checkpoint is the one to come back to.
             due = is_due(step, config.checkpoint.every) and not metrics["skipped_in_a_row"]
             candidate = config.checkpoint.keep_best and reward is not None
-            last = preempted(step) or step == num_steps
-            if due or candidate or last:
+            signal = distributed.largest(signal_received())
+            if due or candidate or signal or step == num_steps:
                 checkpoints.save(step, state, reward)
-            if last:
-                break
+            if signal:
+                checkpoints.wait()
+                print(f"stopped after step {step}; the same command resumes the run")
+                signals.exit_by(signal)
+        # From here on a signal ends the run at once.
+        checkpoints.wait()
     return state
 
 

@@ -271,7 +271,7 @@ def test_sigterm_makes_a_checkpoint_and_the_run_resumes(finished_run, nano_confi
     process.terminate()
     printed, _ = process.communicate()
     stopped = len(nano_run.read_lines(workdir / "metrics.jsonl"))
-    assert process.returncode == 0
+    assert process.returncode == 143
     assert printed.splitlines()[-1].startswith(f"stopped after step {stopped};")
     assert (workdir / "checkpoints" / str(stopped)).is_dir()
     process = nano_run.run("train", *arguments)
@@ -279,6 +279,25 @@ def test_sigterm_makes_a_checkpoint_and_the_run_resumes(finished_run, nano_confi
     assert f"resumed after step {stopped}" in process.stdout
     records = nano_run.read_records(workdir / "metrics.jsonl")
     assert records == nano_run.read_records(expected / "metrics.jsonl")
+
+
+def test_a_second_run_in_a_folder_is_refused(nano_config, tmp_path):
+    workdir = tmp_path / "run"
+    with subprocess.Popen(
+        nano_run.command("train", nano_config, workdir), stdout=subprocess.PIPE, text=True
+    ) as first:
+        while not (workdir / ".lock").exists():
+            assert first.poll() is None
+            time.sleep(0.005)
+        process = nano_run.run("train", nano_config, workdir)
+        assert process.returncode == 1
+        refusal = f"error: workdir '{workdir}' is in use by process {first.pid} on host "
+        assert process.stderr.startswith(refusal) and process.stderr.count("\n") == 1
+        assert first.communicate()[0].splitlines()[-1].startswith("reward ")
+    assert first.returncode == 0
+    steps = [record["step"] for record in nano_run.read_records(workdir / "metrics.jsonl")]
+    assert steps == list(range(1, nano_run.NUM_STEPS + 1))
+    assert not (workdir / ".lock").exists()
 
 
 def test_a_finished_run_says_so_and_changes_nothing(config, finished_copy, capsys):

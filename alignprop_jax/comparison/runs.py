@@ -2,13 +2,13 @@
 
 import dataclasses
 import itertools
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from alignprop_jax.children import run_child
 from alignprop_jax.comparison.methods import Method
 from alignprop_jax.errors import UserError
 from alignprop_jax.records.workdir import Workdir
@@ -67,7 +67,7 @@ class Run:
         self.path.mkdir(parents=True, exist_ok=True)
         log = self.path / "train.log"
         with log.open("a") as output:
-            code = subprocess.run(self.command, stdout=output, stderr=output).returncode
+            code = run_child(self.command, stdout=output, stderr=output).returncode
         if code or not self.is_finished():
             last = log.read_text(errors="replace").strip().splitlines()[-1:]
             raise UserError(f"the run in {self.path} stopped: {''.join(last)}; see {log}")

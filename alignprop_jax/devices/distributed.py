@@ -8,17 +8,16 @@ import contextlib
 import functools
 import json
 import os
-import signal
 import sys
-import threading
 import traceback
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from alignprop_jax import signals
 from alignprop_jax.errors import UserError
 
 Function = TypeVar("Function", bound=Callable)
@@ -40,6 +39,8 @@ def initialize() -> None:
         UserError: some of the variables are there and others not, or they are no numbers.
     """
     given = [name for name in (ADDRESS, COUNT, ID) if os.environ.get(name)]
+    # JAX's own would take SIGTERM over.
+    jax.config.update("jax_enable_preemption_service", False)
     if given:
         jax.distributed.initialize(
             num_processes=_read_number(COUNT, given),
@@ -78,35 +79,33 @@ def on_every_host(main: Callable[[list[str]], None]) -> Callable[[list[str]], No
             with open(os.devnull, "w") as nowhere:
                 with contextlib.redirect_stdout(sys.stdout if is_main() else nowhere):
                     main(argv)
-        except (Exception, KeyboardInterrupt) as error:
+        except Exception as error:
             _fail(error)
-        jax.distributed.shutdown()
+        finally:
+            jax.distributed.shutdown()
 
     return run
 
 
-def _fail(error: BaseException) -> None:
+def _fail(error: Exception) -> NoReturn:
     """Ends the process without goodbye: it would wait for others, and they wait for it."""
+    signals.wait_while_ending()
     name = f"process {jax.process_index()} of {jax.process_count()}"
-    status = 1
     if isinstance(error, UserError):
         message = f"error: {name}: {' '.join(str(error).split())}"
-    elif isinstance(error, KeyboardInterrupt):
-        message, status = "interrupted", 130
     else:
         traceback.print_exception(error)
         message = (
             f"error: {name} ends by {type(error).__name__}. If another one ended before, its "
             "output says why. Started again on all hosts, the same command resumes a training run."
         )
-    sys.stdout.flush()
-    print(message, file=sys.stderr, flush=True)
-    os._exit(status)
+    signals.end(message, 1)
 
 
 def is_main() -> bool:
     """Whether this process writes and speaks for all."""
-    return jax.process_index() == 0
+    # JAX is not asked when there is one alone: it would take hold of the devices to answer.
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def on_main(function: Function) -> Function:
@@ -125,7 +124,7 @@ def from_main(value: Any) -> Any:
     What a process reads from a file may differ from host to host, and what it decides by that must
     not: the others would wait for it in a computation that it never gets to.
     """
-    if jax.process_count() == 1:
+    if not jax.distributed.is_initialized():
         return value
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     size = int(multihost_utils.broadcast_one_to_all(np.int32(text.size)))
@@ -135,23 +134,11 @@ def from_main(value: Any) -> Any:
 
 def all_agree(condition: bool) -> bool:
     """Returns whether the condition holds in every process."""
-    return bool(multihost_utils.process_allgather(np.bool_(condition)).all())
+    return not largest(not condition)
 
 
-@contextlib.contextmanager
-def preemption_notice() -> Iterator[Callable[[int], bool]]:
-    """Gives a function that says, after each step, whether the machine is about to be taken away.
-
-    The notice is SIGTERM, to any of the processes, which no longer ends it. All of them see it
-    after the same step: they have to ask after every one.
-    """
-    if jax.distributed.is_initialized():
-        # JAX has taken over the signal.
-        yield multihost_utils.reached_preemption_sync_point
-        return
-    noticed = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: noticed.set())
-    try:
-        yield lambda step: noticed.is_set()
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def largest(number: int) -> int:
+    """Returns the largest of the numbers that the processes give."""
+    if not jax.distributed.is_initialized():
+        return int(number)
+    return int(multihost_utils.process_allgather(np.int32(number)).max())

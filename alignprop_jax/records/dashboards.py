@@ -7,6 +7,7 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
+from alignprop_jax import signals
 from alignprop_jax.devices.distributed import is_main
 from alignprop_jax.errors import UserError
 from alignprop_jax.loading.buckets import in_bucket
@@ -54,6 +55,7 @@ class TensorBoard:
 
         # What a killed run wrote past its last checkpoint is about to be written again.
         self._writer = SummaryWriter(str(folder), purge_step=first_step)
+        signals.at_end(self.close)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from alignprop_jax.records.whole_file import whole_file
 from alignprop_jax.rewards.pixels import to_uint8
 
 _SMALLEST, _LARGEST = 96, 256  # pixels across a tile: labels stay legible, files small
@@ -50,7 +51,8 @@ def save_images(folder: Path, images: np.ndarray, prompts: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for index, (image, prompt) in enumerate(zip(to_uint8(images), prompts, strict=True)):
         name = re.sub(r"[^a-z0-9]+", "_", prompt.lower()).strip("_")[:60]
-        Image.fromarray(image).save(folder / f"{index:04d}_{name}.png")
+        with whole_file(folder / f"{index:04d}_{name}.png") as file:
+            Image.fromarray(image).save(file, "PNG")
 
 
 def _tile(image: np.ndarray) -> Image.Image:

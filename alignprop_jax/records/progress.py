@@ -1,9 +1,11 @@
 """Progress bars."""
 
 import sys
+import weakref
 
 from tqdm import tqdm
 
+from alignprop_jax import signals
 from alignprop_jax.devices.distributed import is_main
 
 
@@ -15,7 +17,7 @@ def progress_bar(
     The main process draws it.
     """
     on_screen = sys.stderr.isatty()
-    return tqdm(
+    bar = tqdm(
         total=total,
         initial=initial,
         desc=description,
@@ -26,3 +28,15 @@ def progress_bar(
         leave=leave or not on_screen,
         disable=not is_main(),
     )
+    _bars.add(bar)
+    return bar
+
+
+def _close_bars() -> None:
+    for bar in list(_bars):
+        bar.close()
+
+
+# What is said at the end of the program has a line of its own.
+_bars: weakref.WeakSet = weakref.WeakSet()
+signals.at_end(_close_bars)

@@ -1,6 +1,7 @@
 """The folder of a run and the names of what lies in it."""
 
 import json
+import uuid
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from alignprop_jax.evaluation.evaluator import Evaluation
 from alignprop_jax.lora.files import LORA_FILE
 from alignprop_jax.lora.kohya import KOHYA_FILE
 from alignprop_jax.records.metrics import JsonLines, Record, write_atomically, write_json
+from alignprop_jax.records.whole_file import whole_file
 
 
 class Workdir:
@@ -46,7 +48,8 @@ class Workdir:
         self._make()
 
     def _make(self) -> None:
-        probe = self.path / ".writable"
+        # Of its own name, as two runs may start at once.
+        probe = self.path / from_main(f".writable.{uuid.uuid4().hex}")
         problem = None
         if is_main():
             try:
@@ -88,7 +91,7 @@ class Workdir:
     @on_main
     def save_image(self, name: str, image: Image.Image) -> None:
         """Writes images/NAME.png."""
-        with (self.images / f"{name}.png").open("wb") as file:
+        with whole_file(self.images / f"{name}.png") as file:
             image.save(file, "PNG")
 
     @on_main

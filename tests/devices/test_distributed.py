@@ -1,5 +1,6 @@
 """Real processes on this machine, connected as hosts of a cluster are."""
 
+import fcntl
 import os
 import signal
 import socket
@@ -65,16 +66,19 @@ def test_two_processes_train_as_one_through_sigterm_and_kill(nano_config, tmp_pa
     settings += ("--config.logging.image_every=40",)
     alone, together = tmp_path / "alone", tmp_path / "together"
 
-    # SIGTERM to one of them: both stop after the same step, with a checkpoint of it.
-    processes = start(nano_config, [together] * 2, *settings)
-    wait_for_steps(together, processes, 3)
-    processes[1].send_signal(signal.SIGTERM)
-    (printed, _), (silent, _) = finish(processes)
-    assert [process.returncode for process in processes] == [0, 0]
-    stopped = len(nano_run.read_lines(together / "metrics.jsonl"))
-    assert 3 < stopped < NUM_STEPS
-    assert f"stopped after step {stopped};" in printed
-    assert not said_by_us(silent)
+    # A signal to one of them: both stop after the same step, with a checkpoint of it.
+    stopped = 0
+    for number, to in ((signal.SIGTERM, 1), (signal.SIGINT, 0)):
+        before = stopped
+        processes = start(nano_config, [together] * 2, *settings)
+        wait_for_steps(together, processes, before + 3)
+        processes[to].send_signal(number)
+        (printed, _), (silent, _) = finish(processes)
+        assert [process.returncode for process in processes] == [128 + number] * 2
+        stopped = len(nano_run.read_lines(together / "metrics.jsonl"))
+        assert before + 3 <= stopped < NUM_STEPS
+        assert f"stopped after step {stopped};" in printed
+        assert not said_by_us(silent)
 
     # One dies: the other says so, and does not wait for it.
     processes = start(nano_config, [together] * 2, *settings)
@@ -104,6 +108,20 @@ def test_two_processes_train_as_one_through_sigterm_and_kill(nano_config, tmp_pa
     assert {name for name in files if not name.startswith("checkpoints")} == {
         name for name in expected if not name.startswith("checkpoints")
     }
+
+
+def test_two_processes_learn_together_that_the_folder_is_in_use(nano_config, tmp_path):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    with (workdir / ".lock").open("w") as file:
+        file.write('{"process": 7, "host": "another", "since": "today"}')
+        file.flush()
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        processes = start(nano_config, [workdir] * 2)
+        for number, (_, errors) in enumerate(finish(processes)):
+            assert processes[number].returncode == 1
+            assert f"error: process {number} of 2: workdir " in errors
+            assert "is in use by process 7 on host another since today;" in errors
 
 
 def test_hosts_that_do_not_share_the_workdir_are_told(nano_config, tmp_path):
@@ -159,6 +177,7 @@ def test_only_the_main_process_writes(monkeypatch):
     written = []
     write = distributed.on_main(written.append)
     write(1)
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     write(2)
     assert written == [1]

@@ -1,38 +1,12 @@
-"""The workdir in a bucket: fsspec's file system in memory stands for Cloud Storage."""
+"""The workdir in a bucket."""
 
-import fsspec
 import numpy as np
-import pytest
-from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 from safetensors.numpy import load
 
 from alignprop_jax.evaluation.evaluator import Evaluation
 from alignprop_jax.lora.files import save_lora
 from alignprop_jax.records.workdir import Workdir
-
-
-class Bucket(MemoryFileSystem):
-    protocol = ("gs", "gcs")
-    store: dict = {}
-    pseudo_dirs = [""]
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return super()._strip_protocol(path.removeprefix("gs://"))
-
-    def _open(self, path, mode="rb", **kwargs):
-        assert "a" not in mode, "an object cannot be appended to"
-        return super()._open(path, mode, **kwargs)
-
-
-@pytest.fixture
-def bucket(monkeypatch):
-    monkeypatch.setenv("EPATH_USE_TF", "false")
-    for name in Bucket.protocol:
-        fsspec.register_implementation(name, Bucket, clobber=True)
-    yield Bucket.store
-    Bucket.store.clear()
 
 
 def test_a_workdir_in_a_bucket(bucket):
