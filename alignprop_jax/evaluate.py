@@ -10,6 +10,7 @@ rewards. The samples have the prompts and the noise of the evaluations in traini
 the pictures.
 """
 
+import functools
 import math
 import tempfile
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
+from alignprop_jax import exhaustion
 from alignprop_jax.config import define_config_flag, validate
 from alignprop_jax.devices import distributed
 from alignprop_jax.devices.compilation import enable_compilation_cache
@@ -38,6 +40,7 @@ from alignprop_jax.loading.buckets import in_bucket
 from alignprop_jax.lora.mixing import BASE_MODEL, LoraMix, define_flags_of_loras
 from alignprop_jax.records.images import columns_for, make_grid
 from alignprop_jax.records.metrics import write_json
+from alignprop_jax.records.same_run import has_scale_of, refuse_another_model
 from alignprop_jax.records.workdir import Workdir
 
 
@@ -60,15 +63,34 @@ def evaluate(
       Of several LoRAs, a list of these as "loras".
 
     Raises:
-      UserError: the config, a file it names, the LoRA or the folder cannot be used.
+      UserError: the config, a file it names, the LoRA or the folder cannot be used; the folder
+        holds a run of another model; or the disk or the memory is full.
     """
     validate(config)
     enable_compilation_cache()
     workdir = Workdir(path)
+    with exhaustion.named(workdir.path, exhaustion.images_of(config)):
+        return _evaluate(config, workdir, loras, rewards, scorers)
+
+
+def _evaluate(
+    config: ConfigDict,
+    workdir: Workdir,
+    loras: Sequence[LoraMix],
+    rewards: Sequence[str],
+    scorers: dict[str, Scorer] | None,
+) -> dict[str, Any]:
     loras = tuple(lora if lora.files else LoraMix((find_lora(workdir),)) for lora in loras)
     experiment = load_experiment(config)
+    refuse_another_model(workdir, config, experiment)
     factors = [lora.load(experiment.params["unet"]) for lora in loras]
-    evaluator = standardize_parts(make_evaluator(config, experiment), workdir, factors[0])
+    evaluator = standardize_parts(
+        make_evaluator(config, experiment),
+        workdir,
+        factors[0],
+        functools.partial(has_scale_of, workdir, config),
+        keep=not workdir.has_run(),
+    )
     if scorers is None:
         scorers = make_judges(config, experiment.prompts)
     scorers = scorers | {

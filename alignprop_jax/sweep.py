@@ -10,6 +10,7 @@ on its own, shows curves and pictures behind a slider for either.
 """
 
 import copy
+import functools
 import itertools
 from collections.abc import Sequence
 
@@ -18,6 +19,7 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
+from alignprop_jax import exhaustion
 from alignprop_jax.config import define_config_flag, validate
 from alignprop_jax.devices import distributed
 from alignprop_jax.devices.compilation import enable_compilation_cache
@@ -32,6 +34,7 @@ from alignprop_jax.lora.files import load_lora
 from alignprop_jax.lora.mixing import LoraMix, parse_timesteps
 from alignprop_jax.records.metrics import JsonLines, Record
 from alignprop_jax.records.progress import progress_bar
+from alignprop_jax.records.same_run import has_scale_of, refuse_another_model
 from alignprop_jax.records.workdir import Workdir
 from alignprop_jax.sweep_page import MOST_PICTURES, write_page
 
@@ -63,16 +66,35 @@ def sweep(
         n, mean and standard deviation of every score.
 
     Raises:
-        UserError: the config, a file it names, a LoRA, a reward or the folder cannot be used.
+        UserError: the config, a file it names, a LoRA, a reward or the folder cannot be used; the
+            folder holds a run of another model; or the disk or the memory is full.
     """
     config = add_rewards(config, rewards)
     validate(config)
     LoraMix(tuple(files), mix=0.0)  # refuses what cannot be mixed before anything is loaded
     enable_compilation_cache()
     workdir = Workdir(path)
+    with exhaustion.named(workdir.path, exhaustion.images_of(config)):
+        return _sweep(config, workdir, files, points, ranges, scorers)
+
+
+def _sweep(
+    config: ConfigDict,
+    workdir: Workdir,
+    files: Sequence[str],
+    points: int,
+    ranges: Sequence[tuple[int, int]],
+    scorers: dict[str, Scorer] | None,
+) -> list[Record]:
     experiment = load_experiment(config)
+    refuse_another_model(workdir, config, experiment)
     loras = [load_lora(file, experiment.params["unet"])[0] for file in files]
-    evaluator = standardize_parts(make_evaluator(config, experiment), workdir)
+    evaluator = standardize_parts(
+        make_evaluator(config, experiment),
+        workdir,
+        is_known=functools.partial(has_scale_of, workdir, config),
+        keep=not workdir.has_run(),
+    )
     split = experiment.splits[UNSEEN]
     if scorers is None:
         scorers = make_judges(config, split.prompts)
