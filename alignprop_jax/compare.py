@@ -38,12 +38,15 @@ def compare(
         methods: as `Method.parse` reads them.
 
     Raises:
-        UserError: a method, a reward or a setting is unknown, or a run fails.
+        UserError: a method, a reward or a setting is unknown, a run fails, or one that is there
+            has other settings.
     """
     parsed = [Method.parse(text) for text in methods]
     if len({method.folder for method in parsed}) < len(parsed):
         raise UserError(f"--method is given twice: {', '.join(methods)}")
     runs = plan_runs(workdir, config_file, rewards, parsed, seeds, budget)
+    for run in runs:
+        run.check()
     for number, run in enumerate(runs, start=1):
         if not run.is_finished():
             print(f"run {number} of {len(runs)}: {run.path}", flush=True)

@@ -41,8 +41,10 @@ def standardize_parts(
     names = list(evaluator.experiment.reward.parts)
     if not names:
         return evaluator
-    found = from_main(read_json(workdir.reward_parts) or {})
-    known = {n: found[n] for n in names if n in found and _is_scale(found[n]) and is_known(n)}
+    found = read_json(workdir.reward_parts) or {}
+    known = from_main(
+        {n: found[n] for n in names if n in found and _is_scale(found[n]) and is_known(n)}
+    )
     if len(known) < len(names):
         known = {**_measure(evaluator, lora), **known}
         if keep:
