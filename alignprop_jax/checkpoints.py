@@ -4,7 +4,6 @@ import hashlib
 import logging
 import math
 import sys
-import threading
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -199,8 +198,8 @@ class Checkpoints:
 
     def _check_fingerprint(self) -> None:
         try:
-            metadata = self._checkpointer.metadata(self.latest_step).custom_metadata
-            saved = dict(metadata["fingerprint"])
+            metadata = self._checkpointer.metadata(self.latest_step).custom_metadata or {}
+            saved = dict(metadata.get("fingerprint", "nothing says what it is of"))
         except Exception as error:
             problem = self._newest_cannot_be_read(error)
             self.close()
@@ -236,20 +235,21 @@ def _quieten_orbax() -> None:
     absl = logging.getLogger("absl")
     if _is_not_of_orbax in absl.filters:
         return
-    absl.addFilter(_is_not_of_orbax)
-    show = sys.excepthook
+    for logger in (absl, logging.getLogger("asyncio")):
+        logger.addFilter(_is_not_of_orbax)
+    show = sys.unraisablehook
 
-    def show_all_but_closed_loops(kind, error, trace):
+    def show_all_but_closed_loops(ignored) -> None:
         # TensorStore tells asyncio of writes that nobody waits for any more.
-        in_thread = threading.current_thread() is not threading.main_thread()
-        if not (in_thread and kind is RuntimeError and str(error) == "Event loop is closed"):
-            show(kind, error, trace)
+        trace = ignored.exc_traceback
+        if trace is None or trace.tb_frame.f_code.co_name != "call_soon_threadsafe":
+            show(ignored)
 
-    sys.excepthook = show_all_but_closed_loops
+    sys.unraisablehook = show_all_but_closed_loops
 
 
 def _is_not_of_orbax(record: logging.LogRecord) -> bool:
-    return "/orbax/" not in record.pathname
+    return "/orbax/" not in f"{record.pathname} {record.getMessage()}"
 
 
 def _is_typed_key(leaf: jax.Array) -> bool:
