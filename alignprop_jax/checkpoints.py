@@ -1,8 +1,10 @@
 """Checkpoints of what training changes: step, LoRA, optimizer, key; never the base weights."""
 
 import hashlib
+import logging
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -11,7 +13,10 @@ import numpy as np
 from etils import epath
 
 from alignprop_jax.devices import sharding
+from alignprop_jax.devices.distributed import is_main
 from alignprop_jax.errors import UserError
+from alignprop_jax.loading.buckets import in_bucket
+from alignprop_jax.records.whole_file import sync
 
 State = TypeVar("State")
 Fingerprint = dict[str, Any]
@@ -56,8 +61,7 @@ def restore(directory: epath.PathLike, step: int | None = None) -> dict[str, Any
       UserError: there is no such checkpoint, or it cannot be read.
     """
     directory = epath.Path(directory)
-    names = directory.iterdir() if directory.is_dir() else ()
-    steps = sorted(int(path.name) for path in names if path.name.isdigit())
+    steps = sorted(_steps_in(directory))
     if not steps or (step is not None and step not in steps):
         found = f"; there are {', '.join(map(str, steps))}" if steps else ""
         raise UserError(f"no checkpoint {'' if step is None else step} in {directory}{found}")
@@ -68,7 +72,7 @@ def restore(directory: epath.PathLike, step: int | None = None) -> dict[str, Any
         arrays = jax.tree.map(lambda saved: np.empty(0, saved.dtype), ocp.metadata(path).metadata)
         return ocp.load(path, arrays)
     except Exception as error:
-        raise _cannot_be_read(path, error) from error
+        raise _cannot_be_read(path, error, min(steps) < int(path.name)) from error
 
 
 class Checkpoints:
@@ -88,24 +92,41 @@ class Checkpoints:
           keep_best: how many stay besides, of those that were saved with a reward.
 
         Raises:
-          UserError: the checkpoints there are of another model or another LoRA.
+          UserError: the checkpoints there are of another model or another LoRA, or the newest is
+            damaged.
         """
         # Importing it takes half a second that a mistyped flag should not cost.
         from orbax.checkpoint import v1 as ocp
 
+        _quieten_orbax()
+        # On a disk, paths are absolute for Orbax.
         self._directory = epath.Path(directory).resolve()
         self._fingerprint = fingerprint
+        self._step_being_written: int | None = None
         policies = ocp.training.preservation_policies
         best = policies.BestN(
             n=keep_best,
             get_metric_fn=lambda metrics: metrics["reward"],
             keep_checkpoints_without_metrics=False,
         )
-        self._checkpointer = ocp.training.Checkpointer(
-            self._directory,
-            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
-            cleanup_tmp_directories=True,
-        )
+        self._policy = policies.AnyPreservationPolicy([policies.LatestN(keep), best])
+        asynchronous = ocp.options.AsyncOptions(post_finalization_callback=self._sync)
+        try:
+            self._checkpointer = ocp.training.Checkpointer(
+                self._directory,
+                context=ocp.Context(async_options=asynchronous),
+                preservation_policy=self._policy,
+                cleanup_tmp_directories=True,
+            )
+        except OSError as error:
+            raise UserError(
+                f"{directory} cannot be used ({error.strerror}); remove it if it is no folder, or "
+                "give another --workdir"
+            ) from error
+        except ValueError as error:
+            # Orbax has read what the folder of every checkpoint says of itself.
+            newest = max(_steps_in(self._directory), default="")
+            raise _cannot_be_read(self._directory / str(newest), error) from error
         if self.latest_step is not None:
             self._check_fingerprint()
 
@@ -127,6 +148,8 @@ class Checkpoints:
         # the host, as all of it is on every device.
         copy = jax.tree.map(np.array, _without_typed_keys(state))
         known = reward is not None and math.isfinite(reward)
+        self._checkpointer.wait()
+        self._step_being_written = step
         self._checkpointer.save_async(
             step,
             copy,
@@ -150,21 +173,43 @@ class Checkpoints:
         try:
             restored = self._checkpointer.load(self.latest_step, abstract)
         except Exception as error:
-            path = self._directory / str(self.latest_step)
-            raise _cannot_be_read(path, error) from error
+            raise self._newest_cannot_be_read(error) from error
         return jax.tree.map(_with_key_type_of, state, restored)
 
     def wait(self) -> None:
         """Waits until everything is on disk."""
         self._checkpointer.wait()
 
+    def remove_old(self) -> None:
+        """Removes what a run that was killed while it did so had no longer kept."""
+        from orbax.checkpoint import v1 as ocp
+
+        context = ocp.training.preservation_policies.PreservationContext()
+        known = list(self._checkpointer.checkpoints)
+        kept = self._policy.should_preserve(known, context=context)
+        for checkpoint in (old for old, keep in zip(known, kept, strict=True) if not keep):
+            self._checkpointer.delete(checkpoint)
+
     def close(self) -> None:
         """Waits until everything is on disk, and lets it go."""
         self._checkpointer.close()
 
+    def _sync(self) -> None:
+        """Has the disk hold a checkpoint before it gets its name, and before others are removed."""
+        if in_bucket(self._directory) or not is_main():
+            return
+        for folder in self._directory.glob(f"{self._step_being_written}.*"):
+            for path in (*folder.rglob("*"), folder):
+                sync(path)
+
     def _check_fingerprint(self) -> None:
-        metadata = self._checkpointer.metadata(self.latest_step).custom_metadata or {}
-        saved = metadata.get("fingerprint", {})
+        try:
+            metadata = self._checkpointer.metadata(self.latest_step).custom_metadata or {}
+            saved = dict(metadata.get("fingerprint", "nothing says what it is of"))
+        except Exception as error:
+            problem = self._newest_cannot_be_read(error)
+            self.close()
+            raise problem from error
         for name, value in self._fingerprint.items():
             if saved.get(name) != value:
                 self.close()
@@ -173,12 +218,44 @@ class Checkpoints:
                     f"{saved.get(name)}, this run {value}; give this run another --workdir"
                 )
 
+    def _newest_cannot_be_read(self, error: Exception) -> UserError:
+        others = len(self._checkpointer.checkpoints) > 1
+        return _cannot_be_read(self._directory / str(self.latest_step), error, others)
 
-def _cannot_be_read(path: epath.Path, error: Exception) -> UserError:
+
+def _steps_in(directory: epath.Path) -> Iterator[int]:
+    for path in directory.iterdir() if directory.is_dir() else ():
+        if path.name.isdecimal() and path.is_dir():
+            yield int(path.name)
+
+
+def _cannot_be_read(path: epath.Path, error: Exception, earlier: bool = True) -> UserError:
+    then = "resume from the one before it" if earlier else "begin anew"
     return UserError(
-        f"checkpoint {path} cannot be read ({type(error).__name__}); "
-        "remove that folder to resume from the one before it"
+        f"checkpoint {path} cannot be read ({type(error).__name__}); remove that folder to {then}"
     )
+
+
+def _quieten_orbax() -> None:
+    """Leaves out the traces of threads that cannot write: the next call raises the error itself."""
+    absl = logging.getLogger("absl")
+    if _is_not_of_orbax in absl.filters:
+        return
+    for logger in (absl, logging.getLogger("asyncio")):
+        logger.addFilter(_is_not_of_orbax)
+    show = sys.unraisablehook
+
+    def show_all_but_closed_loops(ignored) -> None:
+        # TensorStore tells asyncio of writes that nobody waits for any more.
+        trace = ignored.exc_traceback
+        if trace is None or trace.tb_frame.f_code.co_name != "call_soon_threadsafe":
+            show(ignored)
+
+    sys.unraisablehook = show_all_but_closed_loops
+
+
+def _is_not_of_orbax(record: logging.LogRecord) -> bool:
+    return "/orbax/" not in f"{record.pathname} {record.getMessage()}"
 
 
 def _is_typed_key(leaf: jax.Array) -> bool:

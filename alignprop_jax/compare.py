@@ -41,8 +41,8 @@ def compare(
         methods: as `Method.parse` reads them.
 
     Raises:
-        UserError: a method, a reward or a setting is unknown, a run fails, or another process works
-            in the folder.
+        UserError: a method, a reward or a setting is unknown, a run fails, one that is there has
+            other settings, or another process works in the folder.
     """
     parsed = [Method.parse(text) for text in methods]
     if len({method.folder for method in parsed}) < len(parsed):
@@ -50,6 +50,8 @@ def compare(
     runs = plan_runs(workdir, config_file, rewards, parsed, seeds, budget)
     workdir.mkdir(parents=True, exist_ok=True)
     with locked(workdir):
+        for run in runs:
+            run.check()
         for number, run in enumerate(runs, start=1):
             if not run.is_finished():
                 print(f"run {number} of {len(runs)}: {run.path}", flush=True)

@@ -327,14 +327,15 @@ def to_json(config: ConfigDict) -> str:
     return json.dumps(_plain(config), indent=2) + "\n"
 
 
-def describe_changes(before: dict[str, Any], after: ConfigDict) -> list[str]:
-    """Returns "key: old -> new" for every dotted key whose value differs between two configs."""
-    before, after = _leaves(_plain(before)), _leaves(_plain(after))
-    return [
-        f"{key}: {before.get(key)} -> {after.get(key)}"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key)
-    ]
+def find_changes(before: dict[str, Any], after: ConfigDict) -> dict[str, tuple[Any, Any]]:
+    """Returns both values of every dotted key whose value differs between two configs.
+
+    What one that JSON kept lacks has the default, as when there was no such key. A key that there
+    is no longer is left out.
+    """
+    now = _leaves(_plain(after))
+    was = _leaves(_plain(default_config())) | _leaves(before)
+    return {key: (was[key], now[key]) for key in sorted(now) if was[key] != now[key]}
 
 
 def _check_keys(config: ConfigDict) -> dict[str, Any]:

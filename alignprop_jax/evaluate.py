@@ -10,6 +10,7 @@ rewards. The samples have the prompts and the noise of the evaluations in traini
 the pictures.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
+from alignprop_jax import exhaustion
 from alignprop_jax.config import define_config_flag, validate
 from alignprop_jax.devices import distributed
 from alignprop_jax.devices.compilation import enable_compilation_cache
@@ -39,6 +41,7 @@ from alignprop_jax.lora.mixing import BASE_MODEL, LoraMix, define_flags_of_loras
 from alignprop_jax.records.images import columns_for, make_grid
 from alignprop_jax.records.lock import locked
 from alignprop_jax.records.metrics import write_json
+from alignprop_jax.records.same_run import has_scale_of, refuse_another_model
 from alignprop_jax.records.workdir import Workdir
 from alignprop_jax.rewards.base import Scorer
 from alignprop_jax.settings import at_a_time
@@ -63,13 +66,13 @@ def evaluate(
       Of several LoRAs, a list of these as "loras".
 
     Raises:
-      UserError: the config, a file it names, the LoRA or the folder cannot be used, or another
-        process works in that.
+      UserError: the config, a file it names, the LoRA or the folder cannot be used; another process
+        works in the folder, or it holds a run of another model; or the disk or the memory is full.
     """
     validate(config)
     enable_compilation_cache()
     workdir = Workdir(path)
-    with locked(workdir.path):
+    with locked(workdir.path), exhaustion.named(workdir.path, exhaustion.images_of(config)):
         return _evaluate(config, workdir, loras, rewards, scorers)
 
 
@@ -85,8 +88,15 @@ def _evaluate(
     trees = [lora.load(shapes) for lora in loras]
     # The base model first: by its pictures rewards are scaled.
     experiment = load_experiment(config, loras=[None, *trees])
+    refuse_another_model(workdir, config, experiment)
     factors = [factors_of_network(tree) for tree in trees]
-    evaluator = standardize_parts(make_evaluator(config, experiment), workdir, factors[0])
+    evaluator = standardize_parts(
+        make_evaluator(config, experiment),
+        workdir,
+        factors[0],
+        functools.partial(has_scale_of, workdir, config),
+        keep=not workdir.has_run(),
+    )
     if scorers is None:
         scorers = make_judges(config, experiment.prompts)
     scorers = scorers | {

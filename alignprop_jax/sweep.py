@@ -10,6 +10,7 @@ on its own, shows curves and pictures behind a slider for either.
 """
 
 import copy
+import functools
 import itertools
 from collections.abc import Sequence
 
@@ -18,6 +19,7 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
+from alignprop_jax import exhaustion
 from alignprop_jax.config import define_config_flag, validate
 from alignprop_jax.devices import distributed
 from alignprop_jax.devices.compilation import enable_compilation_cache
@@ -34,6 +36,7 @@ from alignprop_jax.lora.mixing import LoraMix, parse_timesteps
 from alignprop_jax.records.lock import locked
 from alignprop_jax.records.metrics import JsonLines, Record
 from alignprop_jax.records.progress import progress_bar
+from alignprop_jax.records.same_run import has_scale_of, refuse_another_model
 from alignprop_jax.records.workdir import Workdir
 from alignprop_jax.rewards.base import Scorer
 from alignprop_jax.settings import at_a_time
@@ -67,15 +70,16 @@ def sweep(
         n, mean and standard deviation of every score.
 
     Raises:
-        UserError: the config, a file it names, a LoRA, a reward or the folder cannot be used, or
-            another process works in that.
+        UserError: the config, a file it names, a LoRA, a reward or the folder cannot be used;
+            another process works in the folder, or it holds a run of another model; or the disk or
+            the memory is full.
     """
     config = add_rewards(config, rewards)
     validate(config)
     LoraMix(tuple(files), mix=0.0)  # refuses what cannot be mixed before anything is loaded
     enable_compilation_cache()
     workdir = Workdir(path)
-    with locked(workdir.path):
+    with locked(workdir.path), exhaustion.named(workdir.path, exhaustion.images_of(config)):
         return _sweep(config, workdir, files, points, ranges, scorers)
 
 
@@ -93,7 +97,13 @@ def _sweep(
     mixes = [mix_loras(alpha, *loras) for alpha in alphas]
     # The base model first: by its pictures rewards are scaled.
     experiment = load_experiment(config, loras=[None, *mixes])
-    evaluator = standardize_parts(make_evaluator(config, experiment), workdir)
+    refuse_another_model(workdir, config, experiment)
+    evaluator = standardize_parts(
+        make_evaluator(config, experiment),
+        workdir,
+        is_known=functools.partial(has_scale_of, workdir, config),
+        keep=not workdir.has_run(),
+    )
     splits = [of_mix[UNSEEN] for of_mix in experiment.splits_of_loras[1:]]
     prompts = splits[0].prompts
     if scorers is None:

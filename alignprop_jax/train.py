@@ -16,7 +16,7 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from alignprop_jax import signals
+from alignprop_jax import exhaustion, signals
 from alignprop_jax.algorithms.state import TrainState
 from alignprop_jax.checkpoints import Checkpoints, make_fingerprint
 from alignprop_jax.config import define_config_flag, validate
@@ -28,7 +28,7 @@ from alignprop_jax.devices.compilation import (
     release_freed_memory,
 )
 from alignprop_jax.devices.cpu_devices import use_cores
-from alignprop_jax.errors import UserError, run_program
+from alignprop_jax.errors import UserError, note, run_program
 from alignprop_jax.evaluation.evaluator import Evaluator, make_evaluator, make_judges
 from alignprop_jax.evaluation.standardization import standardize_parts
 from alignprop_jax.experiment import TRAIN, UNSEEN, Experiment, load_experiment
@@ -42,6 +42,12 @@ from alignprop_jax.records.lock import locked
 from alignprop_jax.records.metrics import Record
 from alignprop_jax.records.progress import progress_bar
 from alignprop_jax.records.reports import Reports
+from alignprop_jax.records.same_run import (
+    changes_of_run,
+    contents_of_files,
+    contents_of_weights,
+    refuse_another_run,
+)
 from alignprop_jax.records.summary import describe_result, seconds_of_steps, summarize
 from alignprop_jax.records.trained_weights import save_trained
 from alignprop_jax.records.workdir import Workdir
@@ -57,9 +63,9 @@ def train(config: ConfigDict, path: epath.PathLike) -> None:
     """Runs or resumes the run of `config` in the folder `path`.
 
     Raises:
-      UserError: the config, a file it names or the folder cannot be used, or another process works
-        in that; a sample is NaN or infinite; or the gradient is so that nothing is trained, see
-        `GradientWatch`.
+      UserError: the config, a file it names or the folder cannot be used; another process works in
+        the folder, or it holds the run of another config; a sample is NaN or infinite; the gradient
+        is so that nothing is trained, see `GradientWatch`; or the disk or the memory is full.
       SystemExit: a program that handles signals was sent one while it trained, and the run can be
         resumed from a checkpoint of the step that it was at.
     """
@@ -67,40 +73,57 @@ def train(config: ConfigDict, path: epath.PathLike) -> None:
     validate(config)
     enable_compilation_cache()
     workdir = Workdir(path)
-    with locked(workdir.path):
+    named = exhaustion.named(workdir.path, exhaustion.images_of(config), config.remat)
+    with locked(workdir.path), named:
         _train(config, workdir, began)
 
 
 def _train(config: ConfigDict, workdir: Workdir, began: float) -> None:
+    files = contents_of_files(config)
+    refuse_another_run(workdir, config, files)
+    summary = distributed.from_main(workdir.load_summary())
+    if summary and summary["steps"] >= config.train.num_steps:
+        print(f"already finished: {describe_result(workdir)}")
+        return
     text = load_frozen_text(config, workdir)
     evaluator = make_evaluator(config, load_experiment(config, loras=[text]))
     experiment = evaluator.experiment
+    contents = files | contents_of_weights(experiment)
+    refuse_another_run(workdir, config, contents)
     state = create_state(config, experiment)
     with contextlib.closing(open_checkpoints(config, workdir, experiment, state)) as checkpoints:
         resumed = distributed.from_main(checkpoints.latest_step) is not None
         if resumed:
             state = checkpoints.restore(state)
+        elif summary:
+            raise UserError(
+                f"the run in {workdir.path} is finished after {summary['steps']} steps and has no "
+                "checkpoint to go on from; give another --workdir"
+            )
         elif config.lora.init:
             state = start_from_file(config, experiment, state)
         first_step = int(state.step)
-        finished = distributed.from_main(workdir.load_summary() is not None)
-        if first_step >= config.train.num_steps and finished:
-            print(f"already finished: {describe_result(workdir)}")
-            return
         if first_step > config.train.num_steps:
             raise UserError(
                 f"the run in {workdir.path} is at step {first_step} already; "
                 f"config.train.num_steps={config.train.num_steps} must be at least that"
             )
         announce(config, experiment, state)
+        if resumed:
+            checkpoints.remove_old()
+            for key, (was, now) in changes_of_run(workdir, config).items():
+                print(f"changed since this run began: {key}: {was} -> {now}")
+        elif workdir.metrics.read():
+            print(f"no checkpoint in {workdir.checkpoints} yet: the run begins anew")
         workdir.rewind(first_step if resumed else -1)
-        for change in workdir.save_config(config):
-            print(f"changed since this run began: {change}")
+        workdir.save_config(config, contents)
         evaluator = standardize_parts(evaluator, workdir, adaptation_of(config).bind(state.lora))
         experiment = evaluator.experiment
         with contextlib.closing(open_reports(config, workdir, evaluator, first_step)) as reports:
             train_step, seconds_compile = compile_train_step(config, experiment, state)
-            if not resumed:
+            if resumed:
+                repair_evaluations(config, experiment, state, workdir, reports)
+            else:
                 workdir.save_before(reports.evaluate(0, state.lora, "before"))
             state = run_steps(config, train_step, state, workdir, reports, checkpoints)
             save_trained(config, experiment, state, workdir, text)
@@ -112,10 +135,41 @@ def _train(config: ConfigDict, workdir: Workdir, began: float) -> None:
         print(describe_result(workdir))
 
 
+def repair_evaluations(
+    config: ConfigDict,
+    experiment: Experiment,
+    state: TrainState,
+    workdir: Workdir,
+    reports: Reports,
+) -> None:
+    """Evaluates again what a resumed run should have on record and has not.
+
+    That is the untrained model, whose factors and noise follow from the seed, and the step that it
+    goes on from.
+    """
+    step, num_steps = int(state.step), config.train.num_steps
+    lacking = {0} if reports.load_before() is None else set()
+    if is_due(step, config.evaluation.every) and step < num_steps:
+        lacking |= {step} if workdir.lacks_evaluation(step, experiment.splits) else set()
+    lacking = distributed.from_main(sorted(lacking))
+    if not lacking:
+        return
+    note(f"evaluations of step {' and '.join(map(str, lacking))} are missing and are done again")
+    workdir.evaluations.keep(lambda record: record["step"] not in lacking)
+    if 0 in lacking:
+        fresh = create_state(config, experiment)
+        if config.lora.init:
+            fresh = start_from_file(config, experiment, fresh)
+        workdir.save_before(reports.evaluate(0, fresh.lora, "before"))
+    if step in lacking:
+        reports.evaluate(step, state.lora, f"{step:06d}")
+    workdir.order_evaluations()
+
+
 def start_from_file(config: ConfigDict, experiment: Experiment, state: TrainState) -> TrainState:
     """Returns the state before the first step, with the factors of `config.lora.init`.
 
-    A run that is resumed has no more need of that file.
+    A run that is resumed has no more need of that file, unless it has lost what it began with.
     """
     scale = config.lora.alpha / config.lora.rank
     shapes = adaptable_shapes(config.model)

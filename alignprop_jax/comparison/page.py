@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from alignprop_jax.comparison.runs import Run
+from alignprop_jax.errors import note
 from alignprop_jax.experiment import TRAIN, UNSEEN
 from alignprop_jax.records.metrics import write_atomically
 from alignprop_jax.records.places import name_of
@@ -51,7 +52,11 @@ def _pictures(runs: Sequence[Run]) -> dict[str, dict[str, dict[str, str]]]:
 
 
 def _data_uri(file: Path) -> str:
-    picture = Image.open(file).convert("RGB")
+    try:
+        picture = Image.open(file).convert("RGB")
+    except OSError as error:
+        note(f"{file} cannot be read ({type(error).__name__}); the page shows nothing in its place")
+        picture = Image.new("RGB", (64, 64), "white")
     picture.thumbnail((_LARGEST, _LARGEST), Image.Resampling.LANCZOS)
     encoded = io.BytesIO()
     picture.save(encoded, "WEBP", quality=70, method=6)

@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 
 from alignprop_jax.comparison.runs import Run
+from alignprop_jax.errors import UserError
 from alignprop_jax.experiment import TRAIN, UNSEEN
+from alignprop_jax.records.metrics import Record
 from alignprop_jax.records.places import score_name
 from alignprop_jax.records.summary import seconds_of_steps
 from alignprop_jax.records.workdir import Workdir
@@ -44,37 +46,69 @@ def gather(runs: Sequence[Run], baseline: str = BASELINE) -> dict[str, Any]:
 
 
 def _curves_of_method(runs: Sequence[Run]) -> dict[str, Any]:
-    per_seed = [_curves_of_run(run) for run in runs]
-    steps = per_seed[0]["steps"]
-    summaries = [Workdir(run.path).load_summary() for run in runs]
+    evaluations = [_evaluations_of(run) for run in runs]
+    # A run that had another budget at first was evaluated at other steps.
+    steps = sorted(set.intersection(*(set(by_step) for by_step in evaluations)))
+    per_seed = [_curves_of_run(*pair, steps) for pair in zip(runs, evaluations, strict=True)]
+    summaries = [Workdir(run.path).load_summary() or {} for run in runs]
     result: dict[str, Any] = {
         "seeds": len(runs),
         "queries": [step * runs[0].queries_per_step for step in steps],
         "seconds": np.mean([curve["seconds"] for curve in per_seed], 0).tolist(),
-        "seconds_per_step": float(np.mean([s["seconds_per_step"] for s in summaries])),
-        "peak_rss_gb": float(np.max([s["peak_rss_gb"] for s in summaries])),
+        "seconds_per_step": float(np.mean(_known(summaries, "seconds_per_step"))),
+        "peak_rss_gb": float(np.max(_known(summaries, "peak_rss_gb"))),
     }
     for split in (TRAIN, UNSEEN):
         scores = per_seed[0][split]
         result[split] = {
-            name: spread_over_seeds([curve[split][name] for curve in per_seed]) for name in scores
+            name: spread_over_seeds([curve[split][name] for curve in per_seed])
+            for name in scores
+            if all(name in curve[split] for curve in per_seed)
         }
     return result
 
 
-def _curves_of_run(run: Run) -> dict[str, Any]:
-    workdir = Workdir(run.path)
-    records = workdir.evaluations.read()
-    steps = sorted({record["step"] for record in records})
-    elapsed = np.concatenate([[0.0], np.cumsum(seconds_of_steps(workdir))])
+def _known(summaries: Sequence[Mapping[str, Any]], name: str) -> list[float]:
+    """What the summaries say; NaN where they say nothing."""
+    return [np.nan if s.get(name) is None else s[name] for s in summaries]
+
+
+def _evaluations_of(run: Run) -> dict[int, dict[str, Record]]:
+    """By step, and by split, what a run has on record of both."""
+    by_step: dict[int, dict[str, Record]] = collections.defaultdict(dict)
+    for record in Workdir(run.path).evaluations.read():
+        by_step[record["step"]][record["split"]] = record
+    whole = {step: splits for step, splits in by_step.items() if splits.keys() >= {TRAIN, UNSEEN}}
+    lacking = {0, run.config.train.num_steps} - whole.keys()
+    if lacking:
+        raise UserError(
+            f"{run.path / 'eval.jsonl'} has no evaluation of step {min(lacking)}; remove "
+            f"{run.path}, and the same command trains that run again"
+        )
+    return whole
+
+
+def _curves_of_run(
+    run: Run, evaluations: Mapping[int, Mapping[str, Record]], steps: Sequence[int]
+) -> dict[str, Any]:
+    seconds = seconds_of_steps(Workdir(run.path))
+    if len(seconds) < run.config.train.num_steps:
+        raise UserError(
+            f"{run.path / 'metrics.jsonl'} has {len(seconds)} of "
+            f"{run.config.train.num_steps} steps on record; remove {run.path}, and the same "
+            "command trains that run again"
+        )
+    elapsed = np.concatenate([[0.0], np.cumsum(seconds)])
     curves: dict[str, Any] = {"steps": steps, "seconds": [float(elapsed[step]) for step in steps]}
     for split in (TRAIN, UNSEEN):
-        of_split = {record["step"]: record for record in records if record["split"] == split}
         names = [
-            name.removesuffix("_mean") for name in of_split[steps[0]] if name.endswith("_mean")
+            name.removesuffix("_mean")
+            for name in evaluations[steps[0]][split]
+            if name.endswith("_mean")
         ]
         curves[split] = {
-            score_name(name): [of_split[s].get(f"{name}_mean") for s in steps] for name in names
+            score_name(name): [evaluations[s][split].get(f"{name}_mean") for s in steps]
+            for name in names
         }
     return curves
 
@@ -92,7 +126,7 @@ def spread_over_seeds(curves: Sequence[Sequence[float | None]]) -> dict[str, lis
 
 def _compare_with(curves: dict[str, dict[str, Any]], baseline: str) -> None:
     reward = curves[baseline][TRAIN]["reward"]["mean"]
-    best = max(value for value in reward if value is not None)
+    best = max((value for value in reward if value is not None), default=np.inf)
     needed = queries_to_reach(best, curves[baseline]["queries"], reward)
     for curve in curves.values():
         queries = queries_to_reach(best, curve["queries"], curve[TRAIN]["reward"]["mean"])
@@ -105,7 +139,7 @@ def queries_to_reach(
 ) -> float | None:
     """Where a curve, linear between its points, first comes to a level; None if it never does."""
     points = [(q, r) for q, r in zip(queries, rewards, strict=True) if r is not None]
-    for (q0, r0), (q1, r1) in zip([points[0], *points[:-1]], points, strict=True):
+    for (q0, r0), (q1, r1) in zip([*points[:1], *points[:-1]], points, strict=True):
         if r1 >= level:
             return float(q1 if r1 == r0 else q0 + (q1 - q0) * max(0.0, (level - r0) / (r1 - r0)))
     return None
@@ -122,7 +156,7 @@ def table(results: Mapping[str, Any]) -> str:
         lines += [f"**{reward}**", "", _row(titles), _row(["---"] * len(titles))]
         for name, method in methods.items():
             unseen = method[UNSEEN]
-            best = max(v for v in unseen["reward"]["mean"] if v is not None)
+            best = max((v for v in unseen["reward"]["mean"] if v is not None), default=np.nan)
             speedup = method.get("speedup")
             cells = [name, _last(method[TRAIN]["reward"]), _last(unseen["reward"]), f"{best:.2f}"]
             cells.append(f"{speedup:.1f}x" if speedup else "-")

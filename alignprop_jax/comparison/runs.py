@@ -11,6 +11,11 @@ from ml_collections import ConfigDict
 from alignprop_jax.children import run_child
 from alignprop_jax.comparison.methods import Method
 from alignprop_jax.errors import UserError
+from alignprop_jax.records.same_run import (
+    NOT_MEASURED,
+    contents_of_files,
+    refuse_another_run,
+)
 from alignprop_jax.records.workdir import Workdir
 
 
@@ -54,9 +59,18 @@ class Run:
 
     def is_finished(self) -> bool:
         """Whether the run has come to its end, with as many steps as it is to have."""
-        if not (self.path / "summary.json").exists():
+        if not self.path.exists():
             return False
-        return Workdir(self.path).load_summary()["steps"] == self.config.train.num_steps
+        summary = Workdir(self.path).load_summary()
+        return summary is not None and summary["steps"] == self.config.train.num_steps
+
+    def check(self) -> None:
+        """Raises UserError where the folder holds a run of other settings than are planned."""
+        if self.path.exists():
+            contents = contents_of_files(self.config)
+            refuse_another_run(
+                Workdir(self.path), self.config, contents, lambda key: key not in NOT_MEASURED
+            )
 
     def train(self) -> None:
         """Runs or resumes it, in a process of its own: its memory is its own, too.

@@ -1,5 +1,7 @@
 """Scalars and pictures for TensorBoard and Weights & Biases."""
 
+import re
+import time
 import uuid
 from typing import Any, Protocol
 
@@ -11,6 +13,10 @@ from alignprop_jax import signals
 from alignprop_jax.devices.distributed import is_main
 from alignprop_jax.errors import UserError
 from alignprop_jax.loading.buckets import in_bucket
+from alignprop_jax.records.metrics import write_atomically
+
+# An event file in a bucket is written as a whole at each.
+_SECONDS_BETWEEN_FLUSHES = 60
 
 
 class Dashboard(Protocol):
@@ -51,21 +57,35 @@ class TensorBoard:
 
     def __init__(self, folder: epath.Path, first_step: int):
         # It takes seconds to import, which a mistyped flag should not cost.
-        from tensorboardX import SummaryWriter
+        from tensorboardX import event_file_writer, summary
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+        self._event, self._summary = Event, summary
+        folder.mkdir(parents=True, exist_ok=True)
+        # tensorboardX's usual writer is a thread, after whose end on a full disk the run waits for
+        # it for ever.
+        self._writer = event_file_writer.EventsWriter(str(folder / "events"))
+        self._flushed = time.monotonic()
         # What a killed run wrote past its last checkpoint is about to be written again.
-        self._writer = SummaryWriter(str(folder), purge_step=first_step)
+        self._write(first_step, session_log=SessionLog(status=SessionLog.START))
         signals.at_end(self.close)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+            self._write(step, summary=self._summary.scalar(name, value))
 
     def image(self, step: int, name: str, image: Image.Image) -> None:
-        self._writer.add_image(name, np.asarray(image), step, dataformats="HWC")
+        picture = self._summary.image(name, np.asarray(image), dataformats="HWC")
+        self._write(step, summary=picture)
 
     def close(self) -> None:
         self._writer.close()
+
+    def _write(self, step: int, **content: Any) -> None:
+        self._writer.write_event(self._event(wall_time=time.time(), step=step, **content))
+        if time.monotonic() - self._flushed > _SECONDS_BETWEEN_FLUSHES:
+            self._writer.flush()
+            self._flushed = time.monotonic()
 
 
 class WeightsAndBiases:
@@ -80,8 +100,9 @@ class WeightsAndBiases:
             ) from error
         self._image = wandb.Image
         id_file = workdir / "wandb_run_id.txt"
-        if not id_file.exists():
-            id_file.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
+        known = id_file.read_bytes() if id_file.exists() else b""
+        if not re.fullmatch(rb"[\w-]+", known):
+            write_atomically(id_file, uuid.uuid4().hex[:8])
         self._run = wandb.init(
             project="alignprop_jax",
             name=workdir.name,

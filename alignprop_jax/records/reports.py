@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 from jaxtyping import PyTree
 
 from alignprop_jax.devices.distributed import on_main
@@ -61,10 +62,18 @@ class Reports:
         grid = make_grid(evaluation.images, evaluation.prompts, columns)
         self._picture(step, picture, name, grid)
 
+    def load_before(self) -> dict[str, np.ndarray] | None:
+        """The untrained model's images by split, if the workdir has them and their scores."""
+        shape = self._evaluator.experiment.generator.sample_shape
+        before = self._workdir.load_before(
+            {name: (len(split.prompts), *shape) for name, split in self._splits.items()}
+        )
+        return None if self._workdir.lacks_evaluation(0, self._splits) else before
+
     @on_main
     def compare(self, step: int, evaluations: dict[str, Evaluation]) -> None:
         """Draws every prompt before training beside the same prompt and noise now."""
-        for name, before in self._workdir.load_before().items():
+        for name, before in (self.load_before() or {}).items():
             evaluation = evaluations[name]
             grid = make_comparison(before, evaluation.images, evaluation.prompts)
             self._picture(step, f"{name}_before_after", f"{name}/before_after", grid)

@@ -17,7 +17,7 @@ def summarize(
 ) -> Record:
     """Returns the content of summary.json."""
     rewards = {
-        (record["split"], record["step"]): record["reward_mean"]
+        (record["split"], record["step"]): record.get("reward_mean")
         for record in workdir.evaluations.read()
     }
     steps = config.train.num_steps
@@ -32,15 +32,20 @@ def summarize(
         "steps": steps,
         "reward_queries": steps * config.train.batch_size * (1 + config.gradient.renoise),
         "seconds_compile": seconds_compile,
-        "seconds_per_step": float(np.mean(seconds_of_steps(workdir))),
+        "seconds_per_step": _mean(seconds_of_steps(workdir)),
         "seconds_total": seconds_total,
         "peak_rss_gb": peak_rss / 1e9,
     }
 
 
 def seconds_of_steps(workdir: Workdir) -> list[float]:
-    """Returns the wall-clock time of every step, those before a resume too."""
-    return [record["step_seconds"] for record in workdir.metrics.read()]
+    """Returns the wall-clock time of every step on record, those before a resume too."""
+    seconds = (record.get("step_seconds") for record in workdir.metrics.read())
+    return [value for value in seconds if value is not None]
+
+
+def _mean(values: list[float]) -> float:
+    return float(np.mean(values)) if values else math.nan
 
 
 def describe_result(workdir: Workdir) -> str:
@@ -48,7 +53,7 @@ def describe_result(workdir: Workdir) -> str:
     summary = workdir.load_summary()
 
     def rise(split: str) -> str:
-        before, after = summary[f"{split}_before"], summary[f"{split}_after"]
+        before, after = summary.get(f"{split}_before"), summary.get(f"{split}_after")
         # A reward that is not finite is null in the file.
         return " -> ".join("nan" if value is None else f"{value:.3f}" for value in (before, after))
 

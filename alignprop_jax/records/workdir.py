@@ -1,7 +1,7 @@
 """The folder of a run and the names of what lies in it."""
 
-import json
 import uuid
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,14 +9,32 @@ from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
 
-from alignprop_jax.config import describe_changes, to_json
+from alignprop_jax.config import to_json
 from alignprop_jax.devices.distributed import all_agree, from_main, is_main, on_main
-from alignprop_jax.errors import UserError
+from alignprop_jax.errors import UserError, note
 from alignprop_jax.evaluation.evaluator import Evaluation
+from alignprop_jax.foreign_json import integer, number, optional, text
 from alignprop_jax.lora.files import LORA_FILE
 from alignprop_jax.lora.kohya import KOHYA_FILE
-from alignprop_jax.records.metrics import JsonLines, Record, write_atomically, write_json
+from alignprop_jax.records.metrics import (
+    JsonLines,
+    Record,
+    read_json,
+    write_atomically,
+    write_json,
+)
 from alignprop_jax.records.whole_file import whole_file
+
+_STEP = {"step": integer(0, 2**53)}
+_SCORE = optional(number(-1e300, 1e300))
+_METRICS = {**_STEP, "step_seconds": optional(number(0, 1e12))}
+_EVALUATION = {**_STEP, "split": text(), "n": integer(1, 2**53), "reward_mean": _SCORE}
+_SUMMARY = {
+    "steps": integer(1, 2**53),
+    "seconds_per_step": _SCORE,
+    "peak_rss_gb": _SCORE,
+    **dict.fromkeys(("reward_before", "reward_after", "unseen_before", "unseen_after"), _SCORE),
+}
 
 
 class Workdir:
@@ -34,8 +52,8 @@ class Workdir:
         """
         path = epath.Path(path)
         self.path = path
-        self.metrics = JsonLines(path / "metrics.jsonl")
-        self.evaluations = JsonLines(path / "eval.jsonl")
+        self.metrics = JsonLines(path / "metrics.jsonl", _METRICS)
+        self.evaluations = JsonLines(path / "eval.jsonl", _EVALUATION)
         self.images = path / "images"
         self.checkpoints = path / "checkpoints"
         self.lora = path / "lora" / LORA_FILE
@@ -44,7 +62,9 @@ class Workdir:
         self.unet = path / "unet" / "diffusion_pytorch_model.safetensors"
         self.reward_parts = path / "reward_parts.json"
         self._summary = path / "summary.json"
+        self._before = self.images / "before.npz"
         self._config = path / "config.json"
+        self._contents = path / "contents.json"
         self._make()
 
     def _make(self) -> None:
@@ -68,25 +88,52 @@ class Workdir:
         if is_main():
             probe.unlink()
 
-    def save_config(self, config: ConfigDict) -> list[str]:
-        """Writes the resolved config; returns what differs from the one that was there."""
-        changes = []
-        if self._config.exists():
-            changes = describe_changes(json.loads(self._config.read_text("utf-8")), config)
+    def has_run(self) -> bool:
+        """Whether there is a run that has come to a checkpoint or to its end."""
+        if self._summary.exists():
+            return True
+        steps = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
+        return any(step.name.isdecimal() for step in steps)
+
+    def save_config(self, config: ConfigDict, contents: Mapping[str, str]) -> None:
+        """Writes the resolved config, and the digests of what it names."""
         write_atomically(self._config, to_json(config))
-        return changes
+        write_json(self._contents, dict(contents))
+
+    def load_config(self) -> dict[str, Any] | None:
+        """Returns config.json; None where there is none that can be read."""
+        return read_json(self._config)
+
+    def load_contents(self) -> dict[str, str]:
+        """Returns the digests; none in a run of an earlier release."""
+        return read_json(self._contents) or {}
 
     @on_main
     def rewind(self, step: int) -> None:
         """Forgets every record after `step`, and so what a killed run wrote past its checkpoint.
 
-        Before the first, step -1, the scale of the reward is forgotten, too.
+        Before the first, step -1, the scale of the reward is forgotten, too. Says which steps have
+        lost their record.
         """
         if step < 0:
             self.reward_parts.unlink(missing_ok=True)
         for records in (self.metrics, self.evaluations):
             records.keep(lambda record: record["step"] <= step)
         self._summary.unlink(missing_ok=True)
+        missing = sorted(set(range(1, step + 1)) - {r["step"] for r in self.metrics.read()})
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            note(f"{self.path / 'metrics.jsonl'} has no record of step {missing[0]}{more}")
+
+    @on_main
+    def order_evaluations(self) -> None:
+        """Sorts eval.jsonl by step, where one was evaluated again."""
+        self.evaluations.replace(sorted(self.evaluations.read(), key=lambda r: r["step"]))
+
+    def lacks_evaluation(self, step: int, splits: Sequence[str]) -> bool:
+        """Whether eval.jsonl has not all splits at a step."""
+        known = {r["split"] for r in self.evaluations.read() if r["step"] == step}
+        return not known.issuperset(splits)
 
     @on_main
     def save_image(self, name: str, image: Image.Image) -> None:
@@ -97,22 +144,30 @@ class Workdir:
     @on_main
     def save_before(self, evaluations: dict[str, Evaluation]) -> None:
         """Keeps the untrained model's images by split, for a comparison after a resume."""
-        temporary = self.images / "before.tmp.npz"
-        with temporary.open("wb") as file:
+        with whole_file(self._before) as file:
             np.savez_compressed(file, **{name: e.images for name, e in evaluations.items()})
-        temporary.replace(self.images / "before.npz")
 
-    def load_before(self) -> dict[str, np.ndarray]:
-        """Returns the images that `save_before` kept, [P, H, W, 3] by split."""
-        with (self.images / "before.npz").open("rb") as file, np.load(file) as images:
-            return dict(images)
+    def load_before(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray] | None:
+        """Returns the images that `save_before` kept, of these shapes, [P, H, W, 3] by split.
+
+        None where there are no such images, and a note says why.
+        """
+        try:
+            with self._before.open("rb") as file, np.load(file) as images:
+                before = dict(images)
+            found = {name: (image.shape, image.dtype) for name, image in before.items()}
+            if found == {name: (shape, np.uint8) for name, shape in shapes.items()}:
+                return before
+            reason = "it is of other images"
+        except Exception as error:  # A damaged archive makes numpy and zipfile raise what not.
+            reason = getattr(error, "strerror", None) or type(error).__name__
+        note(f"{self._before} cannot be used ({reason})")
+        return None
 
     def save_summary(self, summary: Record) -> None:
         """Writes summary.json, the mark of a finished run."""
         write_json(self._summary, summary)
 
     def load_summary(self) -> dict[str, Any] | None:
-        """Returns summary.json; None before the run has finished."""
-        if not self._summary.exists():
-            return None
-        return json.loads(self._summary.read_text("utf-8"))
+        """Returns summary.json; None before the run has finished, or where it cannot be read."""
+        return read_json(self._summary, _SUMMARY)
