@@ -1,6 +1,7 @@
 """Models as people have them: diffusers pipelines, single files and transformers CLIPs."""
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ import jax.numpy as jnp
 from alignprop_jax.diffusion.schedulers import DDIMScheduler
 from alignprop_jax.diffusion.stable_diffusion import TEXT_ENCODERS, StableDiffusion
 from alignprop_jax.errors import UserError
+from alignprop_jax.foreign_json import boolean, read_fields
 from alignprop_jax.loading import hub
 from alignprop_jax.loading.single_file import SUFFIXES, SingleFileSource
 from alignprop_jax.loading.sources import FolderSource, ModelSource
+from alignprop_jax.loading.vocabulary import check_tokenizer
 from alignprop_jax.loading.weights import ParamTree
 from alignprop_jax.models.clip import (
     CLIPConfig,
@@ -50,13 +53,13 @@ def open_model(model: str | Path) -> ModelSource:
         model: a diffusers folder, a single-file checkpoint, `emoji` for the model in the package,
             or on the Hugging Face hub OWNER/NAME[@REVISION] or OWNER/NAME[@REVISION]/FILE, which
             is downloaded (once). A folder or a hub id may end in :VARIANT of its weights, such as
-            :fp16.
+            :fp16; a part that has none of it is read without.
 
     Raises:
         UserError: there is no such model, or it cannot be had.
     """
     path, variant = _locate(model, hub.download_model)
-    return SingleFileSource(path) if path.is_file() else FolderSource(path, variant)
+    return SingleFileSource(path) if os.path.isfile(path) else FolderSource(path, variant)
 
 
 def resolve_model(
@@ -72,7 +75,7 @@ def resolve_model(
         UserError: there is no such model, or it cannot be had.
     """
     path, _ = _locate(model, download)
-    if path.is_file():
+    if os.path.isfile(path):
         raise UserError(f"{model}: a folder is needed here, and this is a file")
     return path
 
@@ -86,11 +89,12 @@ def _locate(model: str | Path, download: Callable[[hub.HubName], Path]) -> tuple
                 f"{folder}: the model of the package is missing; install the package again"
             )
         return folder, None
-    path = Path(model).expanduser()
-    if path.exists():
+    # Of a name that is too long, or of nobody's home, these say no where Path raises.
+    path = Path(os.path.expanduser(model))
+    if os.path.exists(path):
         return path, None
     before, _, variant = str(path).rpartition(":")
-    if before and Path(before).is_dir():
+    if variant and os.path.isdir(before):
         return Path(before), variant
     name = hub.HubName.parse(str(model))
     # A path that is mistyped may look like a hub id, whose last part is a file where it ends so.
@@ -161,6 +165,9 @@ def load_stable_diffusion(
     tokenizers = [source.tokenizer("tokenizer")]
     if is_xl:
         tokenizers.append(source.tokenizer("tokenizer_2"))
+    for tokenizer, encoder, suffix in zip(tokenizers, text_encoders, ("", "_2"), strict=False):
+        names = f"tokenizer{suffix} and text_encoder{suffix}"
+        check_tokenizer(tokenizer, encoder.config, f"{source}: {names}")
     params = {}
     for name, module in modules.items():
         abstract = abstract_params(module)
@@ -180,6 +187,11 @@ def _check_channels(source: ModelSource, unet: UNetConfig, vae: VAEConfig) -> No
             f"{source}: the unet takes {unet.in_channels} channels, the vae's latents have "
             f"{vae.latent_channels}; models for inpainting and other conditions than text are not "
             "supported"
+        )
+    if unet.out_channels != unet.in_channels:
+        raise UserError(
+            f"{source}: the unet gives {unet.out_channels} channels for {unet.in_channels}; models "
+            "that predict a variance are not supported"
         )
 
 
@@ -201,7 +213,8 @@ def _check_conditioning(
 
 
 def _zeroes_empty_prompts(model_index: Mapping[str, Any]) -> bool:
-    return model_index.get("force_zeros_for_empty_prompt", True)
+    key = "force_zeros_for_empty_prompt"
+    return read_fields(model_index, {key: boolean(default=True)})[key]
 
 
 def resolve_network(model: str | Path, emoji_part: str) -> Path:

@@ -2,7 +2,6 @@
 
 import contextlib
 import contextvars
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jaxtyping import Int
+
+from alignprop_jax.foreign_json import number, read_json_fields
 
 # The configs of models in wide use, as their owners publish them.
 _PUBLISHED = Path(__file__).parents[1] / "assets" / "published"
@@ -67,8 +68,14 @@ class BlankTokenizer:
 
     def __init__(self, folder: Path):
         file = folder / "tokenizer_config.json"
-        config = json.loads(file.read_text()) if file.is_file() else {}
-        self.model_max_length = config.get("model_max_length", _MAX_LENGTH)
+        # transformers writes 1e30 where it knows of no bound.
+        schema = {"model_max_length": number(1, 1e30, default=_MAX_LENGTH)}
+        length = read_json_fields(file, schema)["model_max_length"] if file.is_file() else 1e30
+        self.model_max_length = int(min(length, _MAX_LENGTH))
+
+    def get_vocab(self) -> dict[str, int]:
+        """Of what the one token that it gives is called."""
+        return {"": 0}
 
     def __call__(self, prompts: Sequence[str], **options: Any) -> _Tokens:
         return _Tokens(np.zeros((len(prompts), self.model_max_length), np.int64))

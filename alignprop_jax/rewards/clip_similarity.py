@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from alignprop_jax.loading.pretrained import load_component, resolve_network
 from alignprop_jax.loading.shapes_only import compute
 from alignprop_jax.loading.tokenizer import load_tokenizer, tokenize
+from alignprop_jax.loading.vocabulary import check_tokenizer
 from alignprop_jax.loading.weights import ParamTree
 from alignprop_jax.models.clip import CLIPModel
 from alignprop_jax.rewards.base import Reward
@@ -95,9 +96,10 @@ def _load_similarity(
     scale: Callable[[ParamTree], Float[Array, ""] | float],
 ) -> Reward:
     folder = resolve_network(clip, "scene_clip")
-    preprocess = CLIPPreprocessor.from_folder(folder)
     tokenizer = load_tokenizer(folder)
     model, params = load_component(CLIPModel, folder, dtype)
+    preprocess = CLIPPreprocessor.from_folder(folder, model.config.vision.image_size)
+    check_tokenizer(tokenizer, model.config.text, str(folder))
     return clip_similarity(
         name, model, params, preprocess, lambda prompts: tokenize(tokenizer, list(prompts)), scale
     )

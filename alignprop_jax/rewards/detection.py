@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float
 from alignprop_jax.loading.pretrained import load_component, resolve_network
 from alignprop_jax.loading.shapes_only import compute
 from alignprop_jax.loading.tokenizer import load_tokenizer, tokenize
+from alignprop_jax.loading.vocabulary import check_tokenizer
 from alignprop_jax.loading.weights import ParamTree
 from alignprop_jax.models.owlvit import OwlViT
 from alignprop_jax.rewards.preprocess import OwlPreprocessor
@@ -78,7 +79,11 @@ def load_detector(detector: str, dtype: jnp.dtype = jnp.float32) -> Detector:
     """
     folder = resolve_network(detector, "detector")
     model, params = load_component(OwlViT, folder, dtype)
-    preprocess = OwlPreprocessor.from_folder(folder, pads=model.config.model_type == "owlv2")
+    preprocess = OwlPreprocessor.from_folder(
+        folder, model.config.vision.image_size, pads=model.config.model_type == "owlv2"
+    )
+    tokenizer = load_tokenizer(folder)
+    check_tokenizer(tokenizer, model.config.text, str(folder))
     towers = params[model.config.model_type]
     text = {name: towers[name] for name in ("text_model", "text_projection", "logit_scale")}
     image = {name: towers[name] for name in ("vision_model", "logit_scale")}
@@ -86,7 +91,7 @@ def load_detector(detector: str, dtype: jnp.dtype = jnp.float32) -> Detector:
         model,
         {**params, model.config.model_type: image},
         {model.config.model_type: jax.device_get(text)},
-        load_tokenizer(folder),
+        tokenizer,
         preprocess,
     )
 

@@ -12,6 +12,7 @@ from alignprop_jax.loading.hub import download_file
 from alignprop_jax.loading.open_clip import load_open_clip
 from alignprop_jax.loading.pretrained import load_component, resolve_model, resolve_tokenizer
 from alignprop_jax.loading.tokenizer import load_tokenizer, tokenize
+from alignprop_jax.loading.vocabulary import check_tokenizer
 from alignprop_jax.models.clip import CLIPModel
 from alignprop_jax.rewards.base import Reward
 from alignprop_jax.rewards.clip_similarity import clip_similarity
@@ -47,6 +48,7 @@ def make_hps_reward(
     else:
         path = checkpoint if Path(checkpoint).exists() else download_file(checkpoint)
         model, params = load_open_clip(path, _NUM_HEADS, _NUM_HEADS, dtype)
+    check_tokenizer(prompt_tokenizer, model.config.text, f"{tokenizer} with {checkpoint}")
     return clip_similarity(
         "hps",
         model,
