@@ -9,6 +9,7 @@ from safetensors.numpy import save_file
 
 from alignprop_jax import errors
 from alignprop_jax.diffusion.sampling import make_sampler
+from alignprop_jax.errors import UserError
 from alignprop_jax.experiment import encode
 from alignprop_jax.loading.ldm_names import original_unet_layers
 from alignprop_jax.loading.pretrained import load_stable_diffusion
@@ -173,8 +174,9 @@ KINDS = {
 KINDS_OF_XL = ("kohya's default", "convolutions in diffusers' names")
 
 
-def their_images(pipeline, file):
+def their_images(pipeline, file, weight=1.0):
     pipeline.load_lora_weights(file.parent, weight_name=file.name, adapter_name="one")
+    pipeline.set_adapters("one", weight)
     images = pipeline(
         PROMPTS,
         latents=torch.from_numpy(latents().transpose(0, 3, 1, 2)),
@@ -218,3 +220,27 @@ def test_names_of_the_original_code(model, tmp_path):
     assert "lora_unet_output_blocks_1_2_conv.lora_up.weight" in tensors
     save_file(tensors, tmp_path / "other.safetensors")
     assert_same_images(model, tmp_path / "other.safetensors")
+
+
+def test_programs_apply_factors_of_convolutions_and_text_encoders(model, tmp_path):
+    """Apart and at a share in `sample`, and folded in by `merge`."""
+    file = tmp_path / "other.safetensors"
+    save_file(with_convolutions(model.pipeline), file)
+    expected = their_images(model.pipeline, file, weight=0.6)
+    mix, latents = LoraMix((str(file),), 0.6), model.folder / "latents.npy"
+    settings = {"latents": latents, "num_steps": NUM_STEPS, "guidance_scale": GUIDANCE_SCALE}
+    images = sample(str(model.folder), PROMPTS, lora=mix, **settings)
+    np.testing.assert_allclose(images, expected, atol=1e-4)
+    merge(str(model.folder), mix, tmp_path / "merged")
+    merged = sample(str(tmp_path / "merged"), PROMPTS, **settings)
+    np.testing.assert_allclose(merged, expected, atol=1e-4)
+
+
+def test_a_file_of_the_text_encoder_alone(model, tmp_path):
+    layers = text_layers(model.pipeline, ends(*TEXT_ATTENTION))
+    file = tmp_path / "other.safetensors"
+    save_file(dotted(layers, "text_encoder", ".lora_A", ".lora_B"), file)
+    lora = assert_same_images(model, file)
+    assert lora["unet"] == {}
+    with pytest.raises(UserError, match="adapts text_encoder, which this model does not have"):
+        load_lora(file, {"unet": model.params["unet"]})
