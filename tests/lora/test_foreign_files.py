@@ -15,6 +15,9 @@ from alignprop_jax.loading.ldm_names import original_unet_layers
 from alignprop_jax.loading.pretrained import load_stable_diffusion
 from alignprop_jax.lora.factors import merge_lora
 from alignprop_jax.lora.files import load_lora
+from alignprop_jax.lora.mixing import LoraMix
+from alignprop_jax.merge import merge
+from alignprop_jax.sample import sample
 from tests import torch_pipeline
 from tests.parity import QUICK_COMPILATION
 from tests.torch_pipeline import torch
@@ -38,15 +41,14 @@ def model(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     pipeline = BUILD[request.param](folder)
     sd, params, tokenizers = load_stable_diffusion(folder)
-    sample = jax.jit(
-        make_sampler(sd, NUM_STEPS, GUIDANCE_SCALE), compiler_options=QUICK_COMPILATION
-    )
+    sampler = make_sampler(sd, NUM_STEPS, GUIDANCE_SCALE)
+    run = jax.jit(sampler, compiler_options=QUICK_COMPILATION)
     np.save(folder / "latents.npy", latents().transpose(0, 3, 1, 2))
 
     def draw(params):
         encoded = encode(sd, params, tokenizers, ["", *PROMPTS])
         frozen = {"unet": params["unet"], "vae": params["vae"]}
-        return sample(frozen, None, latents(), encoded[1:], encoded[:1], jax.random.key(0))
+        return run(frozen, None, latents(), encoded[1:], encoded[:1], jax.random.key(0))
 
     return Model(request.param, folder, pipeline, params, draw)
 
@@ -162,12 +164,18 @@ def with_convolutions(pipeline):
     )
 
 
+def named_adapter(pipeline):
+    unet = layers_of(pipeline.unet, ends(*ATTENTION))
+    return dotted(unet, "unet", ".lora_A.default_0", ".lora_B.default_0")
+
+
 KINDS = {
     "kohya's default": lambda pipeline: kohya(pipeline, in_attention),
     "kohya's convolutions": lambda pipeline: kohya(pipeline, lambda name: True, text=False),
     "diffusers before 0.22": all_old,
     "diffusers before PEFT": newer_diffusers,
     "convolutions in diffusers' names": with_convolutions,
+    "the name of an adapter": named_adapter,
 }
 
 
@@ -175,8 +183,9 @@ KINDS_OF_XL = ("kohya's default", "convolutions in diffusers' names")
 
 
 def their_images(pipeline, file, weight=1.0):
-    pipeline.load_lora_weights(file.parent, weight_name=file.name, adapter_name="one")
-    pipeline.set_adapters("one", weight)
+    # The name that diffusers gives to an adapter without one, and writes to some files.
+    pipeline.load_lora_weights(file.parent, weight_name=file.name)
+    pipeline.set_adapters("default_0", weight)
     images = pipeline(
         PROMPTS,
         latents=torch.from_numpy(latents().transpose(0, 3, 1, 2)),
