@@ -29,6 +29,7 @@ from alignprop_jax.train_steps import create_state
 from tests import nano_run
 from tests.random_lora import randomize_lora
 
+LORA_FILES = ("pytorch_lora_weights.safetensors", "comfyui_lora.safetensors")
 METRICS = {
     "step",
     "reward_mean",
@@ -84,7 +85,7 @@ def test_a_run_leaves_the_files_it_promises(finished_run):
     assert 0 < summary["seconds_compile"] < summary["seconds_total"]
     assert 0.1 < summary["peak_rss_gb"] < 10
     assert json.loads((workdir / "config.json").read_text())["lora"]["rank"] == 4
-    for name in ("pytorch_lora_weights.safetensors", "comfyui_lora.safetensors"):
+    for name in LORA_FILES:
         header = read_metadata(workdir / "lora" / name)
         config = json.loads((workdir / "config.json").read_text())
         folder = str(Path(config["model"]).parent)
@@ -167,38 +168,39 @@ def test_a_part_for_the_text_encoder_applies_and_stays_in_the_file(config, tmp_p
     """At the first evaluation, after a resume without the file, and in what the run writes."""
     shapes = adaptable_shapes(config.model)
     parts = {
-        part: randomize_lora(init_lora(jax.random.key(0), shapes[part], 4, targets), size=0.3)
-        for part, targets in {
-            "unet": ATTENTION_PROJECTIONS,
-            "text_encoder": ("q_proj", "fc1"),
-        }.items()
+        part: randomize_lora(init_lora(jax.random.key(0), shapes[part], 4, targets), size=size)
+        for part, targets, size in (
+            ("unet", ATTENTION_PROJECTIONS, 0.3),
+            ("text_encoder", ("q_proj", "fc1", "fc2"), 1.0),
+        )
     }
-    file = tmp_path / "lora.safetensors"
+    file, without = tmp_path / "lora.safetensors", tmp_path / "without.safetensors"
     save_parts(file, parts)
-    evaluated = evaluate(config, tmp_path / "other", LoraMix((str(file),)))
-    without = tmp_path / "without.safetensors"
     save_parts(without, {"unet": parts["unet"]})
-    plain = evaluate(config, tmp_path / "other", LoraMix((str(without),)))
-    assert abs(plain["train"]["reward_mean"] - evaluated["train"]["reward_mean"]) > 1e-3
+    expected, plain = rewards_of(config, tmp_path, file, without)
+    assert abs(expected - plain) > 1e-3
 
     config.lora.init, config.train.num_steps = str(file), 1
     train(config, tmp_path / "run")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["reward_before"] == pytest.approx(evaluated["train"]["reward_mean"], abs=1e-5)
+    assert summary["reward_before"] == pytest.approx(expected, abs=1e-5)
     file.unlink()
     config.train.num_steps = 2
     train(config, tmp_path / "run")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    for name in ("pytorch_lora_weights.safetensors", "comfyui_lora.safetensors"):
-        written = tmp_path / "run" / "lora" / name
-        loaded, _ = load_lora(written, shapes)
-        jax.tree.map(
-            functools.partial(np.testing.assert_allclose, rtol=1e-6),
-            loaded["text_encoder"],
-            parts["text_encoder"],
-        )
-        result = evaluate(config, tmp_path / "other", LoraMix((str(written),)))
-        assert result["train"]["reward_mean"] == pytest.approx(summary["reward_after"], abs=1e-5)
+    written = [tmp_path / "run" / "lora" / name for name in LORA_FILES]
+    for file in written:
+        loaded, _ = load_lora(file, shapes)
+        same = functools.partial(np.testing.assert_allclose, rtol=1e-6)
+        jax.tree.map(same, loaded["text_encoder"], parts["text_encoder"])
+    for reward in rewards_of(config, tmp_path, *written):
+        assert reward == pytest.approx(summary["reward_after"], abs=1e-5)
+
+
+def rewards_of(config, folder, *files):
+    loras = [LoraMix((str(file),)) for file in files]
+    results = evaluate(config, folder / "evaluated", *loras, scorers={})["loras"]
+    return [result["train"]["reward_mean"] for result in results]
 
 
 def test_a_lora_file_of_another_model_or_rank_is_refused(config, finished_run, tmp_path):
@@ -254,7 +256,7 @@ def test_a_killed_run_resumes_to_the_same_numbers(finished_run, nano_config, tmp
     # The file of arrays records when it was written.
     assert resumed.pop("before.npz") and uninterrupted.pop("before.npz")
     assert resumed == uninterrupted
-    for name in ("pytorch_lora_weights.safetensors", "comfyui_lora.safetensors"):
+    for name in LORA_FILES:
         resumed, uninterrupted = (path / "lora" / name for path in (workdir, expected))
         assert resumed.read_bytes() == uninterrupted.read_bytes(), name
 

@@ -34,7 +34,7 @@ _SCHEMA = {
 _FORMS = {"use_dora": "a DoRA", "lora_bias": "a LoRA with biases"}
 # The name of a layer or its end, as PEFT and diffusers write it; and a regular expression of so few
 # repetitions that it takes no longer than the square of the length of a name.
-_NAME = re.compile(r"\^?[\w.-]+")
+_NAME = re.compile(r"\^?[\w-]+(?:\.[\w-]+)*")
 _PATTERN = re.compile(r"\^?(?:(?:[\w.-]|\\[.\-dw])[*+?]?)+\$?")
 _MOST_REPETITIONS = 2
 _LONGEST_PATTERN = 300

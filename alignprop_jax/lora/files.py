@@ -68,7 +68,8 @@ def save_parts(
             array = to_torch_layout(("kernel",), np.asarray(leaf, np.float32))
             tensors[f"{part}.{layer}.{_PEFT_NAMES[keys[-1]]}.weight"] = array
             if keys[-1] == "down":
-                ranks[layer] = leaf.shape[-1]
+                # PEFT takes the end of a name for the layer, and transformers 5 has no prefix.
+                ranks[layer.removeprefix("text_model.")] = leaf.shape[-1]
         configs[part] = lora_config(ranks)
     header = {**(metadata or {}), HEADER_KEY: to_header(configs)}
     write_safetensors(tensors, path, {name: str(value) for name, value in header.items()})

@@ -7,6 +7,7 @@ token ids, and the text encoder's config and weights, for releases differ in how
 """
 
 import json
+import os
 import sys
 
 import diffusers
@@ -52,7 +53,7 @@ pipeline = diffusers.StableDiffusionPipeline(
     requires_safety_checker=False,
 )
 pipeline.set_progress_bar_config(disable=True)
-pipeline.load_lora_weights(lora)
+pipeline.load_lora_weights(os.path.dirname(lora), weight_name=os.path.basename(lora))
 with torch.no_grad():
     embeddings = text(torch.from_numpy(inputs["ids"]))[0]
 images = pipeline(

@@ -15,7 +15,8 @@ from alignprop_jax.lora.factors import (
     mix_loras,
     scale_lora,
 )
-from alignprop_jax.models.layers import Linear
+from alignprop_jax.models.convolution import convolve_upsampled
+from alignprop_jax.models.layers import Conv, Linear
 from alignprop_jax.models.unet import UNet, UNetConfig
 
 SD15 = {
@@ -57,6 +58,36 @@ def test_targets_choose_the_layers(sd15_params):
     assert layers("ff.net.0.proj") == {
         name.replace("attn1.to_q", "ff.net.0.proj") for name in layers("attn1.to_q")
     }
+
+
+def test_targets_may_be_convolutions(sd15_params):
+    lora = init_lora(jax.random.key(0), sd15_params, 2, ("proj_in", "downsamplers.0.conv"))
+    factors = flatten_dict(lora)
+    assert len(factors) == 2 * (16 + 3)
+    down, up = (lora["down_blocks.0"]["downsamplers.0"]["conv"][name] for name in ("down", "up"))
+    assert down.shape == (3, 3, 320, 2) and up.shape == (1, 1, 2, 320) and not up.any()
+    assert np.std(down) == pytest.approx(0.5, rel=0.05)
+
+
+def test_a_convolution_with_factors_is_one_with_the_merged_kernel():
+    """At any stride, padding and upsampling, and by the gradient of `up`."""
+    key = jax.random.key(0)
+    x = jax.random.normal(key, (2, 6, 6, 5))
+    for settings in ({}, {"stride": 2}, {"by": convolve_upsampled}, {"padding": ((0, 1), (0, 1))}):
+        layer = Conv(7, 3, **settings)
+        params = layer.init(key, x)["params"]
+        lora = {
+            "down": jax.random.normal(key, (3, 3, 5, 2)),
+            "up": jax.random.normal(key, (1, 1, 2, 7)),
+        }
+        merged = merge_lora({"layer": params}, {"layer": lora})["layer"]
+
+        def ours(lora, layer=layer, params=params):
+            return layer.apply({"params": params, "lora": lora}, x)
+
+        np.testing.assert_allclose(ours(lora), layer.apply({"params": merged}, x), atol=1e-4)
+        gradient = jax.grad(lambda lora, ours=ours: (ours(lora) ** 2).sum())(lora)
+        assert jnp.abs(gradient["up"]).max() > 0 and jnp.abs(gradient["down"]).max() > 0
 
 
 @pytest.mark.parametrize("target", ["to_w", "o_q", "norm1", ""])

@@ -8,11 +8,15 @@ import pytest
 from safetensors.numpy import save_file
 
 from alignprop_jax import errors
+from alignprop_jax.errors import UserError
 from alignprop_jax.generators.stable_diffusion.prompts import encode
 from alignprop_jax.loading.ldm_names import original_unet_layers
 from alignprop_jax.loading.pretrained import load_stable_diffusion
 from alignprop_jax.lora.factors import merge_lora
 from alignprop_jax.lora.files import load_lora
+from alignprop_jax.lora.mixing import LoraMix
+from alignprop_jax.merge import merge
+from alignprop_jax.sample import sample
 from tests import torch_pipeline
 from tests.chains import make_sample
 from tests.parity import QUICK_COMPILATION
@@ -37,13 +41,14 @@ def model(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     pipeline = BUILD[request.param](folder)
     sd, params, tokenizers = load_stable_diffusion(folder)
-    sample = jax.jit(make_sample(sd, NUM_STEPS, GUIDANCE_SCALE), compiler_options=QUICK_COMPILATION)
+    sampler = make_sample(sd, NUM_STEPS, GUIDANCE_SCALE)
+    run = jax.jit(sampler, compiler_options=QUICK_COMPILATION)
     np.save(folder / "latents.npy", latents().transpose(0, 3, 1, 2))
 
     def draw(params):
         encoded = encode(sd, params, tokenizers, ["", *PROMPTS])
         frozen = {"unet": params["unet"], "vae": params["vae"]}
-        return sample(frozen, None, latents(), encoded[1:], encoded[:1], jax.random.key(0))
+        return run(frozen, None, latents(), encoded[1:], encoded[:1], jax.random.key(0))
 
     return Model(request.param, folder, pipeline, params, draw)
 
@@ -159,20 +164,28 @@ def with_convolutions(pipeline):
     )
 
 
+def named_adapter(pipeline):
+    unet = layers_of(pipeline.unet, ends(*ATTENTION))
+    return dotted(unet, "unet", ".lora_A.default_0", ".lora_B.default_0")
+
+
 KINDS = {
     "kohya's default": lambda pipeline: kohya(pipeline, in_attention),
     "kohya's convolutions": lambda pipeline: kohya(pipeline, lambda name: True, text=False),
     "diffusers before 0.22": all_old,
     "diffusers before PEFT": newer_diffusers,
     "convolutions in diffusers' names": with_convolutions,
+    "the name of an adapter": named_adapter,
 }
 
 
 KINDS_OF_XL = ("kohya's default", "convolutions in diffusers' names")
 
 
-def their_images(pipeline, file):
-    pipeline.load_lora_weights(file.parent, weight_name=file.name, adapter_name="one")
+def their_images(pipeline, file, weight=1.0):
+    # The name that diffusers gives to an adapter without one, and writes to some files.
+    pipeline.load_lora_weights(file.parent, weight_name=file.name)
+    pipeline.set_adapters("default_0", weight)
     images = pipeline(
         PROMPTS,
         latents=torch.from_numpy(latents().transpose(0, 3, 1, 2)),
@@ -216,3 +229,27 @@ def test_names_of_the_original_code(model, tmp_path):
     assert "lora_unet_output_blocks_1_2_conv.lora_up.weight" in tensors
     save_file(tensors, tmp_path / "other.safetensors")
     assert_same_images(model, tmp_path / "other.safetensors")
+
+
+def test_programs_apply_factors_of_convolutions_and_text_encoders(model, tmp_path):
+    """Apart and at a share in `sample`, and folded in by `merge`."""
+    file = tmp_path / "other.safetensors"
+    save_file(with_convolutions(model.pipeline), file)
+    expected = their_images(model.pipeline, file, weight=0.6)
+    mix, latents = LoraMix((str(file),), 0.6), model.folder / "latents.npy"
+    settings = {"latents": latents, "num_steps": NUM_STEPS, "guidance_scale": GUIDANCE_SCALE}
+    images = sample(str(model.folder), PROMPTS, lora=mix, **settings)
+    np.testing.assert_allclose(images, expected, atol=1e-4)
+    merge(str(model.folder), mix, tmp_path / "merged")
+    merged = sample(str(tmp_path / "merged"), PROMPTS, **settings)
+    np.testing.assert_allclose(merged, expected, atol=1e-4)
+
+
+def test_a_file_of_the_text_encoder_alone(model, tmp_path):
+    layers = text_layers(model.pipeline, ends(*TEXT_ATTENTION))
+    file = tmp_path / "other.safetensors"
+    save_file(dotted(layers, "text_encoder", ".lora_A", ".lora_B"), file)
+    lora = assert_same_images(model, file)
+    assert lora["unet"] == {}
+    with pytest.raises(UserError, match="adapts text_encoder, which this model does not have"):
+        load_lora(file, {"unet": model.params["unet"]})
