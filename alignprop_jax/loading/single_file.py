@@ -91,14 +91,14 @@ class SingleFileSource:
         self._beside = path.with_suffix("")
         shapes = read_shapes(path)
         self._family = _family(path, shapes)
-        self._parts = _find_parts(path, self._family, shapes)
         try:
+            self._parts = _find_parts(path, self._family, shapes)
             self._configs = self._make_configs(shapes)
         except KeyError as error:
             raise UserError(f"{path}: no whole Stable Diffusion; it lacks {error}") from error
         except (IndexError, TypeError, ValueError) as error:
             raise UserError(
-                f"{path}: no Stable Diffusion; its tensors have other shapes ({error})"
+                f"{path}: no Stable Diffusion; its tensors have other names or shapes ({error})"
             ) from error
 
     def __str__(self) -> str:

@@ -390,7 +390,9 @@ def test_what_is_no_whole_checkpoint_is_refused(sd1, tmp_path):
         "no whole Stable Diffusion; it lacks 'conv_in.weight'",
     )
     flat = {f"{unet}input_blocks.0.0.weight": torch.ones(32)}
-    refused({**state, **flat}, "no Stable Diffusion; its tensors have other shapes")
+    refused({**state, **flat}, "no Stable Diffusion; its tensors have other names or shapes")
+    far = {f"{unet}input_blocks.{'9' * 5000}.0.op.weight": torch.ones(2)}
+    refused({**state, **far}, "no Stable Diffusion; its tensors have other names or shapes")
     for channels in (5, 7, 8, 9):
         wider = {f"{unet}input_blocks.0.0.weight": torch.ones(32, channels, 3, 3)}
         refused({**state, **wider}, f"the unet takes {channels} channels, .* inpainting and other")
