@@ -7,8 +7,29 @@ from collections.abc import Callable
 from absl import app, flags, logging
 
 
+# Of a line: what is longer quotes a foreign file, or a library that does.
+_MOST_CHARACTERS = 1000
+
+
 class UserError(Exception):
-    """Bad input: one line that names the culprit and the cure."""
+    """Bad input: one line that names the culprit and the cure.
+
+    It stays one line of at most 1,000 characters that can be printed, whatever input it quotes.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(one_line(message))
+
+
+def one_line(message: str) -> str:
+    """The message on one line, cut in the middle where it is long; control characters escaped."""
+    line = " ".join(message.split())
+    if not line.isprintable():
+        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    if len(line) <= _MOST_CHARACTERS:
+        return line
+    # The culprit stands at the beginning, the cure at the end.
+    return f"{line[: _MOST_CHARACTERS // 2]} ... {line[-_MOST_CHARACTERS // 3 :]}"
 
 
 @functools.cache
@@ -17,7 +38,7 @@ def note(message: str) -> None:
 
     It goes to the standard output, as all that the main process says for the others.
     """
-    print(f"note: {' '.join(message.split())}", flush=True)
+    print(f"note: {one_line(message)}", flush=True)
 
 
 def run_program(main: Callable[[list[str]], None]) -> None:
@@ -48,5 +69,5 @@ def _parse_flags(argv: list[str]) -> list[str]:
 
 
 def _exit(message: str, status: int) -> None:
-    print(" ".join(message.split()), file=sys.stderr, flush=True)
+    print(one_line(message), file=sys.stderr, flush=True)
     sys.exit(status)
