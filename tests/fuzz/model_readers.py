@@ -722,8 +722,8 @@ def pickle_file(folder: Path) -> Reader:
         return buffer.getvalue()
 
     @functools.cache
-    def bomb() -> bytes:
-        """The same archive with a record that unpacks to far more than it is."""
+    def deflated(size: int = 0) -> bytes:
+        """The same archive, packed; with a size, one record unpacks to far more than it is."""
         buffer = io.BytesIO()
         with (
             zipfile.ZipFile(io.BytesIO(save(state))) as source,
@@ -731,7 +731,7 @@ def pickle_file(folder: Path) -> Reader:
         ):
             for record in source.namelist():
                 content = source.read(record)
-                target.writestr(record, bytes(5 << 28) if record.endswith("data/0") else content)
+                target.writestr(record, bytes(size) if size and record.endswith("data/0") else content)
         return buffer.getvalue()
 
     with warnings.catch_warnings():
@@ -753,6 +753,7 @@ def pickle_file(folder: Path) -> Reader:
             "nested": save({"state_dict": {"state_dict": state}}),
             "empty": save({}),
             "a function": b"cposix\nsystem\n(S'echo no'\ntR.",
+            "packed": deflated(),
             "a bomb": None,
             "a zip of nothing": b"PK\x05\x06" + bytes(18),
         }
@@ -762,7 +763,7 @@ def pickle_file(folder: Path) -> Reader:
     def draw(random: Random) -> Case:
         if random.random() < 0.1:
             name = random.choice(list(others))
-            return Case(name, {"model.ckpt": others[name] or bomb()})
+            return Case(name, {"model.ckpt": others[name] or deflated(5 << 28)})
         story, content = mutate_bytes(random, random.choice(formats))
         return Case(story, {"model.ckpt": content})
 

@@ -98,7 +98,8 @@ def _nudged(random: Random, old: Any) -> Any:
     if isinstance(old, bool) or old is None:
         return not old
     if isinstance(old, int | float):
-        return random.choice((old + 1, old - 1, -old, old * 10, old * 1000, str(old), float(old)))
+        as_float = float(old) if abs(old) < 1e300 else 0.5
+        return random.choice((old + 1, old - 1, -old, old * 10, old * 1000, str(old), as_float))
     if isinstance(old, str):
         return mutate_text(random, old).value
     if isinstance(old, list):
