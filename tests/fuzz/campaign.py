@@ -33,6 +33,8 @@ from tests.fuzz.readers import READERS  # noqa: E402
 # Over the oracle's own limit, which the watchdog leaves time to work.
 _PATIENCE = 6 * SECONDS
 _START = 300
+# Files are written thousands of times: not to a disk, where there is a choice.
+_MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None
 _OUTCOMES = ("result", "error", "traceback", "hang", "memory", "line", "wrong", "death")
 
 
@@ -46,7 +48,7 @@ def work(name: str, seed: int, first: int, last: int) -> None:
     output = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     logging.disable()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=_MEMORY) as folder:
         reader = READERS[name].open(Path(folder))
         print("ready", file=output)
         for index in range(first, last):

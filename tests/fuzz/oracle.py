@@ -1,4 +1,4 @@
-"""What every reader of foreign input owes: a result that is right, or one line that says why not."""
+"""What every reader of foreign input owes: a result that is right, or a line that says why not."""
 
 import contextlib
 import io

@@ -46,28 +46,24 @@ from tests.fuzz.reader import Files, Reader, reader, same
 from tests.fuzz.strategies import (
     ODD_TEXTS,
     Case,
-    files,
     mutate_bytes,
     mutate_text,
     numbers,
 )
 
-_KEYS = sorted(json.loads(json.dumps(default_config().to_dict())))
-_SOURCES = (
-    *("None", "True", "0", "-1", "3", "0.5", "1e400", "-1e400", "float('nan')", "10**400"),
-    *("2**31", "2**63", "2**64", "''", "'a'", "'\\0'", "'x' * 3000", "'a\\nb'", "'\\ud800'", "b'a'"),
-    *("[]", "()", "{}", "['to_q']", "('to_q', 3)", "{'aesthetic': 1.0}", "{'aesthetic': float('nan')}"),
-    *("{'aesthetic': 'a'}", "{1: 1.0}", "object()", "lambda: 0", "config", "__import__('numpy').float32(3)"),
-    *("__import__('numpy').int64(3)", "__import__('numpy').ones(3)", "set()", "3 + 4j", "range(3)"),
-)
-_STATEMENTS = (
-    *("raise SystemExit", "import sys; sys.exit(3)", "1 / 0", "raise Exception('x' * 100_000)"),
-    *("raise Exception('a\\nb')", "raise UserError('config: a\\nb')", "(", "\0"),
-    *("import no_such_module", "raise RecursionError", "raise MemoryError", "'\ud800'"),
-    *("del config.train", "config = None", "config = 3", "config = {}", "config.extra = 1"),
-    *("config.train = 3", "config.train.extra = {}", "config.lora = None", "raise NotImplementedError"),
-    *("raise Exception('\\x1b[31m\\0')", "raise OSError(2, 'no', 'a' * 5000)", "assert False"),
-)
+# Values as somebody may write them in Python, and lines of a file that do not do what they should.
+_SOURCES = r"""None | True | 0 | -1 | 3 | 0.5 | 1e400 | -1e400 | float('nan') | 10**400 | 2**31
+| 2**63 | 2**64 | '' | 'a' | '\0' | 'x' * 3000 | 'a\nb' | '\ud800' | b'a' | [] | () | {} | ['to_q']
+| ('to_q', 3) | {'aesthetic': 1.0} | {'aesthetic': float('nan')} | {'aesthetic': 'a'} | {1: 1.0}
+| object() | lambda: 0 | config | __import__('numpy').float32(3) | __import__('numpy').int64(3)
+| __import__('numpy').ones(3) | set() | 3 + 4j | range(3)"""
+_SOURCES = tuple(source.strip() for source in _SOURCES.split("|"))
+_STATEMENTS = r"""raise SystemExit | import sys; sys.exit(3) | 1 / 0 | raise Exception('x' * 99_999)
+| raise Exception('a\nb') | raise UserError('config: a\nb') | ( | import no_such_module | return
+| raise RecursionError | raise MemoryError | del config.train | config = None | config = 3
+| config = {} | config.extra = 1 | config.train = 3 | config.train.extra = {} | config.lora = None
+| raise Exception('\x1b[31m\0') | raise OSError(2, 'no', 'a' * 5000) | assert False"""
+_STATEMENTS = (*(line.strip() for line in _STATEMENTS.split("|")), "\0", "'\ud800'")
 _CONFIG = """from alignprop_jax.config import default_config, UserError
 
 def get_config(variant=None):
@@ -131,7 +127,9 @@ def config_file(folder: Path) -> Reader:
         return config
 
     # A value that is not allowed is the key's fault, whatever file it stands in.
-    return contents.reader(draw, read, lambda _, config: check_config(config), ["config", "truncation."])
+    return contents.reader(
+        draw, read, lambda _, config: check_config(config), ["config", "truncation."]
+    )
 
 
 @reader(0.5)
@@ -264,7 +262,14 @@ def hub_name(folder: Path) -> Reader:
         else:
             assert Path(text).expanduser().is_dir() or text == "emoji", f"opened {name}"
 
-    valid = ("owner/name", "owner/name@main", "a/b:fp16", "a/b@v1.0/file.safetensors", "/tmp/no", "~/x")
+    valid = (
+        "owner/name",
+        "owner/name@main",
+        "a/b:fp16",
+        "a/b@v1.0/file.safetensors",
+        "/tmp/no",
+        "~/x",
+    )
     return _text_reader(valid, read, check)
 
 
@@ -280,8 +285,10 @@ class _Detector:
 def prompt_objects_and_counts(folder: Path) -> Reader:
     def read(prompt: str) -> Any:
         objects = prompt_objects(prompt)
-        return objects, count._prepare(_Detector(), [prompt], 0), remove._prepare(
-            _Detector(), [prompt], "dog"
+        return (
+            objects,
+            count._prepare(_Detector(), [prompt], 0),
+            remove._prepare(_Detector(), [prompt], "dog"),
         )
 
     def check(prompt: str, result: Any) -> None:
@@ -292,7 +299,11 @@ def prompt_objects_and_counts(folder: Path) -> Reader:
         assert ((0 <= counts["numbers"]) & (counts["numbers"] <= 64)).all()
         assert np.isfinite(removed["weights"]).all()
 
-    valid = ("three dogs and a red cat on a blue background", "12 birds, the fox & some rice", "a cow")
+    valid = (
+        "three dogs and a red cat on a blue background",
+        "12 birds, the fox & some rice",
+        "a cow",
+    )
     return _text_reader(valid, read, check)
 
 
@@ -305,7 +316,9 @@ def method(folder: Path) -> Reader:
             text = mutate_text(random, random.choice(("ddpo sampler.eta=1.0", *ABLATIONS))).value
         else:
             value = random.choice((numbers(random), random.choice(_SOURCES).replace(" ", "")))
-            text = f"{random.choice(('alignprop', 'draft', 'rwr'))} {random.choice(_LEAVES)}={value}"
+            text = (
+                f"{random.choice(('alignprop', 'draft', 'rwr'))} {random.choice(_LEAVES)}={value}"
+            )
         return Case(repr(text)[:120], text)
 
     def read(text: str) -> Any:
