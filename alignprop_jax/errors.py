@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 from absl import app, flags, logging
 
-
 # Of a line: what is longer quotes a foreign file, or a library that does.
 _MOST_CHARACTERS = 1000
 

@@ -34,8 +34,8 @@ def make_count_reward(
         dtype: of the detector's weights and activations.
 
     Raises:
-        UserError: a file is missing or damaged; or, when it prepares, a prompt has no number or one that is
-            larger than can be counted.
+        UserError: a file is missing or damaged; or, when it prepares, a prompt has no number, or
+            one that is larger than can be counted.
     """
     loaded = load_detector(detector, dtype)
 
