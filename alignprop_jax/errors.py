@@ -6,9 +6,6 @@ from collections.abc import Callable
 
 from absl import app, flags, logging
 
-# Of a line: what is longer quotes a foreign file, or a library that does.
-_MOST_CHARACTERS = 1000
-
 
 class UserError(Exception):
     """Bad input: one line that names the culprit and the cure.
@@ -20,15 +17,15 @@ class UserError(Exception):
         super().__init__(one_line(message))
 
 
-def one_line(message: str) -> str:
+def one_line(message: str, most: int = 1000) -> str:
     """The message on one line, cut in the middle where it is long; control characters escaped."""
     line = " ".join(message.split())
     if not line.isprintable():
         line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
-    if len(line) <= _MOST_CHARACTERS:
+    if len(line) <= most:
         return line
     # The culprit stands at the beginning, the cure at the end.
-    return f"{line[: _MOST_CHARACTERS // 2]} ... {line[-_MOST_CHARACTERS // 3 :]}"
+    return f"{line[: most // 2]} ... {line[-most // 3 :]}"
 
 
 @functools.cache

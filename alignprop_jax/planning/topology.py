@@ -14,8 +14,6 @@ from alignprop_jax.planning.chips import CHIPS, Chip
 
 # Other names of the generations, as in the names of accelerator types.
 _ALIASES = {"v5litepod": "v5e", "v5lite": "v5e"}
-# No slice has a thousand chips along an axis, nor 100,000 cores.
-_NAME = re.compile(r"(\w+)(?::([1-9]\d{0,2}(?:x[1-9]\d{0,2})*)|-([1-9]\d{0,4}))", re.ASCII)
 # Otherwise the compiler asks the cloud's metadata server what machine this is, which only a machine
 # of the cloud has, complains, and takes the chips of this machine, if it has any, for itself.
 _ENVIRONMENT = {
@@ -46,7 +44,7 @@ class Topology:
         Raises:
             UserError: it is neither, or there is no such slice.
         """
-        match = _NAME.fullmatch(name)
+        match = re.fullmatch(r"(\w+)(?::(\d+(?:x\d+)*)|-(\d+))", name)
         chip = CHIPS.get(_ALIASES.get(match[1], match[1])) if match else None
         if chip is None:
             raise UserError(
@@ -63,11 +61,11 @@ class Topology:
                 )
             return cls(chip, shape)
         shapes = _SHAPES_2D if chip.dimensions == 2 else _SHAPES_3D
-        by_cores = {known * chip.cores_in_name: shape for known, shape in shapes.items()}
-        if int(match[3]) not in by_cores:
-            names = ", ".join(f"{match[1]}-{cores}" for cores in by_cores)
+        number = int(match[3]) / chip.cores_in_name
+        if number not in shapes:
+            names = ", ".join(f"{match[1]}-{known * chip.cores_in_name}" for known in shapes)
             raise UserError(f"topology {name!r} is none; there are {names}, or give the shape")
-        return cls(chip, by_cores[int(match[3])])
+        return cls(chip, shapes[int(number)])
 
     @property
     def num_chips(self) -> int:
