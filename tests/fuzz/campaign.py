@@ -50,6 +50,8 @@ def work(name: str, seed: int, first: int, last: int) -> None:
     logging.disable()
     with tempfile.TemporaryDirectory(dir=_MEMORY) as folder:
         reader = READERS[name].open(Path(folder))
+        if reader.judge(reader.valid) != "result":
+            sys.exit(f"the valid input of {name} is refused")
         print("ready", file=output)
         for index in range(first, last):
             case = draw(name, reader, seed, index)

@@ -20,10 +20,12 @@ class Reader:
         read: the call under test.
         check: given the input and the result, raises AssertionError where it is not right.
         culprits: given the input, words of which an error has to hold one.
+        valid: an input that has a result: where it has none, the others say nothing.
     """
 
     draw: Callable[[Random], Case]
     read: Callable[[Any], Any]
+    valid: Any
     check: Callable[[Any, Any], None] = lambda value, result: None
     culprits: Callable[[Any], Sequence[str]] = lambda value: ()
 
@@ -96,8 +98,11 @@ class Files:
             with self.changed(value):
                 return read(self.folder)
 
+        def check_changed(value: Mapping[str, bytes | None], result: Any) -> None:
+            check({**self.contents, **value}, result)
+
         named = (str(self.folder),) if culprits is None else culprits
-        return Reader(draw, read_changed, check, lambda value: named)
+        return Reader(draw, read_changed, {}, check_changed, lambda value: named)
 
 
 def _put(path: Path, content: bytes | None) -> None:

@@ -321,4 +321,4 @@ def checkpoint_folder(folder: Path) -> Reader:
             np.testing.assert_array_equal(np.asarray(tree["lora"]["a"]["down"]), np.ones((3, 2)))
             assert int(tree["step"]) == 4
 
-    return Reader(draw, read, check, lambda value: [str(used)])
+    return Reader(draw, read, {}, check, lambda value: [str(used)])

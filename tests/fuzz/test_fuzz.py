@@ -64,6 +64,12 @@ def test_a_reader_gives_a_right_result_or_one_line(name, opened):
     run()
 
 
+@pytest.mark.parametrize("name", READERS)
+def test_a_valid_input_has_a_result(name, opened):
+    reader = opened(name)
+    assert reader.judge(reader.valid) == "result"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", READERS)
 def test_many_inputs_of_a_reader(name):

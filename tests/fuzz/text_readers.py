@@ -181,7 +181,7 @@ def flag(folder: Path) -> Reader:
         check_config(config)
         assert lora.mix is None or 0 <= lora.mix <= 1
 
-    return Reader(draw, read, check)
+    return Reader(draw, read, [], check)
 
 
 @reader()
@@ -218,7 +218,7 @@ def _text_reader(valid, read, check=lambda text, result: None, culprits=lambda t
             story, text = mutate_text(random, text)
         return Case(repr(text)[:120], text)
 
-    return Reader(draw, read, check, culprits)
+    return Reader(draw, read, valid[0], check, culprits)
 
 
 @reader()
@@ -336,7 +336,8 @@ def method(folder: Path) -> Reader:
             if key != "reward":
                 assert given == value, f"{key} is {given!r}, not {value!r}"
 
-    return Reader(draw, read, check, lambda text: ["method", "config."])
+    culprits = ["method", "config."]
+    return Reader(draw, read, "ddpo sampler.eta=1.0", check, lambda text: culprits)
 
 
 @reader(0.5)
@@ -384,7 +385,7 @@ def environment(folder: Path) -> Reader:
         host, _, port = values[distributed.ADDRESS].rpartition(":")
         assert host and 0 < int(port) < 2**16 and not re.search(r"\s", host), "no HOST:PORT"
 
-    return Reader(draw, read, check, lambda values: names)
+    return Reader(draw, read, dict(zip(names, valid, strict=True)), check, lambda values: names)
 
 
 @reader()
@@ -498,7 +499,7 @@ def _page_reader(folder: Path, write: Any, texts_of: Any) -> Reader:
         data = json.loads(parsed.data, parse_constant=_refuse)
         same(texts_of(data), texts, "the texts")
 
-    return Reader(draw, read, check)
+    return Reader(draw, read, ["a"] * 6, check)
 
 
 @reader(0.3)
@@ -530,7 +531,7 @@ def page_of_sweep(folder: Path) -> Reader:
         # Of the model the last part of the path is shown.
         return Case(story, [*texts[:5], Path(texts[5].replace("\0", "")).name])
 
-    return Reader(draw, made.read, made.check)
+    return Reader(draw, made.read, made.valid, made.check)
 
 
 @reader(0.3)

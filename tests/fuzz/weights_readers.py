@@ -349,7 +349,7 @@ def tokenizer(folder: Path) -> Reader:
         for layout in layouts
     ]
     everything = dict.fromkeys(name for layout in layouts for name in layout)
-    made = Files(folder / "used", {})
+    made = Files(folder / "used", layouts[1])
 
     def draw(random: Random) -> Case:
         number = random.choice((0, 1, 2))
