@@ -49,6 +49,9 @@ setup(
         # system, which looks at the page of a sweep.
         "test": [
             "accelerate>=1.15,<2",
+            # Fuzzing guided by coverage; the slow tests go without it where it has no wheel.
+            "atheris>=3,<4; python_version < '3.15' and sys_platform == 'linux'"
+            " and platform_machine == 'x86_64'",
             "beartype>=0.23,<0.24",
             "diffusers>=0.42,<0.43",
             "ftfy>=6,<7",

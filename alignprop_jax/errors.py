@@ -13,7 +13,24 @@ from alignprop_jax import signals
 
 
 class UserError(Exception):
-    """Bad input: one line that names the culprit and the cure."""
+    """Bad input: one line that names the culprit and the cure.
+
+    It stays one line of at most 1,000 characters that can be printed, whatever input it quotes.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(one_line(message))
+
+
+def one_line(message: str, most: int = 1000) -> str:
+    """The message on one line, cut in the middle where it is long; control characters escaped."""
+    line = " ".join(message.split())
+    if not line.isprintable():
+        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    if len(line) <= most:
+        return line
+    # The culprit stands at the beginning, the cure at the end.
+    return f"{line[: most // 2]} ... {line[-most // 3 :]}"
 
 
 @functools.cache
@@ -22,7 +39,7 @@ def note(message: str) -> None:
 
     It goes to the standard output, as all that the main process says for the others.
     """
-    print(f"note: {' '.join(message.split())}", flush=True)
+    print(f"note: {one_line(message)}", flush=True)
 
 
 def require_file(path: str | Path) -> None:
@@ -73,5 +90,5 @@ def _parse_flags(argv: list[str]) -> list[str]:
 
 
 def _exit(message: str, status: int) -> None:
-    print(" ".join(message.split()), file=sys.stderr, flush=True)
+    print(one_line(message), file=sys.stderr, flush=True)
     sys.exit(status)

@@ -4,6 +4,8 @@ import textwrap
 
 import pytest
 
+from alignprop_jax.errors import UserError
+
 PROGRAM = """
     import sys
     from absl import flags
@@ -28,6 +30,24 @@ PROGRAM = """
 def run(*arguments):
     command = [sys.executable, "-c", textwrap.dedent(PROGRAM), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    "message, line",
+    [
+        ("culprit;\n   cure", "culprit; cure"),
+        ("a\0b\x1b[31m", "a\\x00b\\x1b[31m"),
+        ("lone \ud800", "lone \\ud800"),
+        ("Käfer\u2028cure", "Käfer cure"),
+    ],
+)
+def test_an_error_is_a_line_that_can_be_printed(message, line):
+    assert str(UserError(message)) == line
+
+
+def test_an_error_that_quotes_much_keeps_its_culprit_and_its_cure():
+    line = str(UserError(f"culprit {'x' * 100_000} cure"))
+    assert len(line) <= 1000 and line.startswith("culprit xxx") and line.endswith("xxx cure")
 
 
 @pytest.mark.parametrize(

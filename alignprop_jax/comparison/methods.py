@@ -29,6 +29,8 @@ ABLATIONS = {
     "all_weights": "alignprop lora.rank=0 train.learning_rate=1e-4",
 }
 """Methods of the paper's ablations, by a name that stands for a whole description."""
+# Of bytes: file systems allow 255.
+_LONGEST_FOLDER = 200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Method:
         """Reads "ALGORITHM KEY=VALUE KEY=VALUE ...", or the name of an ablation.
 
         Raises:
-            UserError: there is no such algorithm, or a setting has no value.
+            UserError: there is no such algorithm, a setting has no value, or the text is too long.
         """
         text = text.strip()
         algorithm, *settings = ABLATIONS.get(text, text).split() or [""]
@@ -59,7 +61,10 @@ class Method:
         for key, equals, _ in pairs:
             if not equals:
                 raise UserError(f"method {text!r}: give settings as KEY=VALUE, not {key!r}")
-        return cls(text, algorithm, tuple((key, value) for key, _, value in pairs))
+        method = cls(text, algorithm, tuple((key, value) for key, _, value in pairs))
+        if len(method.folder.encode()) > _LONGEST_FOLDER:
+            raise UserError(f"method {text!r}: too long for the name of its folder")
+        return method
 
     @property
     def folder(self) -> str:

@@ -10,11 +10,15 @@ _NUMBERS = {"a": 1, "an": 1, **{word: number for number, word in NUMBERS.items()
 _SETTING = re.compile(
     r"\b(?:on|in|at|under|over|near|with|beside|behind|playing|sitting|standing|wearing)\b"
 )
+_MOST = 10**6
 _LIST = re.compile(r",|&|\band\b")
 
 
 class PromptObject(NamedTuple):
-    """An object as the prompt calls it, and how many it asks for; None for "the" and "some"."""
+    """An object as the prompt calls it, and how many it asks for; None for "the" and "some".
+
+    Nobody draws a million of anything: that number stands for all that are larger.
+    """
 
     name: str
     number: int | None
@@ -39,7 +43,8 @@ def _read_phrase(phrase: str) -> PromptObject | None:
     if first in _NUMBERS:
         return PromptObject(name, _NUMBERS[first])
     if first.isdecimal():
-        return PromptObject(name, int(first))
+        # Python refuses to read thousands of digits.
+        return PromptObject(name, min(int(first), _MOST) if len(first) < 20 else _MOST)
     if first in ("the", "some"):
         return PromptObject(name, None)
     return PromptObject(f"{first} {name}", 1)

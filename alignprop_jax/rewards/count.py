@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from alignprop_jax.errors import UserError
 from alignprop_jax.prompts.objects import PromptObject, prompt_objects
 from alignprop_jax.rewards.base import Reward
-from alignprop_jax.rewards.detection import Detector, load_detector
+from alignprop_jax.rewards.detection import MAX_BOXES, Detector, load_detector
 from alignprop_jax.rewards.registry import register
 
 # How many logits about the threshold a box is half counted.
@@ -34,7 +34,8 @@ def make_count_reward(
         dtype: of the detector's weights and activations.
 
     Raises:
-        UserError: a file is missing or damaged; or, when it prepares, a prompt has no number.
+        UserError: a file is missing or damaged; or, when it prepares, a prompt has no number, or
+            one that is larger than can be counted.
     """
     loaded = load_detector(detector, dtype)
 
@@ -79,4 +80,10 @@ def _numbered_objects(prompt: str, number: int) -> list[PromptObject]:
             f"reward 'count': the prompt {prompt!r} does not say how many of what; write "
             "'three dogs', or give config.count.number"
         )
+    for thing in things:
+        if thing.number > MAX_BOXES:
+            raise UserError(
+                f"reward 'count': the prompt {prompt!r} asks for {thing.number} {thing.name}; at "
+                f"most {MAX_BOXES} of a kind can be counted"
+            )
     return things

@@ -19,8 +19,9 @@ from alignprop_jax.rewards.preprocess import OwlPreprocessor
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Boxes a query that are looked at, and how far two may overlap before they are one object.
-_MAX_BOXES = 64
+MAX_BOXES = 64
+"""Boxes a query that are looked at: no more objects are found."""
+# How far two may overlap before they are one object.
 _MAX_OVERLAP = 0.5
 
 
@@ -59,7 +60,7 @@ class Detector:
             {"params": params}, self._preprocess(images), queries, method="detect"
         )
         logits = found.logits.swapaxes(1, 2)
-        best, patches = jax.lax.top_k(logits, min(_MAX_BOXES, logits.shape[-1]))
+        best, patches = jax.lax.top_k(logits, min(MAX_BOXES, logits.shape[-1]))
         boxes = jax.lax.stop_gradient(found.boxes)
         boxes = jax.vmap(lambda boxes, patches: boxes[patches])(boxes, patches)
         keep = jax.vmap(jax.vmap(_suppress_overlapping))(boxes)

@@ -31,6 +31,7 @@ def test_the_algorithm_of_the_file_stays_as_the_file_has_it():
         ("ddpo train.learning=1", "unknown config key config.train.learning"),
         ("ddpo train.learning_rate=fast", "method .*learning_rate"),
         ("draft_k truncation.k=99", "truncation.k is 99"),
+        ("draft_k " + "a" * 300 + "=1", "too long for the name of its folder"),
     ],
 )
 def test_what_is_no_method_is_named(text, message):
