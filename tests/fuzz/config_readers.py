@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from alignprop_jax.diffusion.schedulers import DDIMScheduler
 from alignprop_jax.loading.pretrained import (
     _zeroes_empty_prompts,
     abstract_params,
@@ -22,6 +21,7 @@ from alignprop_jax.models.clip import CLIPConfig, CLIPModel, CLIPTextConfig, CLI
 from alignprop_jax.models.owlvit import OwlViT, OwlViTConfig
 from alignprop_jax.models.unet import UNet, UNetConfig
 from alignprop_jax.models.vae import AutoencoderKL, VAEConfig
+from alignprop_jax.processes.ddim import DDIMScheduler
 from alignprop_jax.rewards.preprocess import CLIPPreprocessor, OwlPreprocessor
 from tests.fuzz.reader import Files, Reader, reader, same
 from tests.fuzz.strategies import Case, files, mutate_json

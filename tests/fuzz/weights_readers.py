@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from alignprop_jax.diffusion.schedulers import DDIMScheduler
 from alignprop_jax.loading import open_clip, open_clip_names
 from alignprop_jax.loading.pretrained import resolve_model
 from alignprop_jax.loading.single_file import SingleFileSource
@@ -25,6 +24,7 @@ from alignprop_jax.loading.weights import load_params, to_state_dict
 from alignprop_jax.models.clip import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
 from alignprop_jax.models.unet import UNet, UNetConfig
 from alignprop_jax.models.vae import AutoencoderKL, VAEConfig
+from alignprop_jax.processes.ddim import DDIMScheduler
 from alignprop_jax.rewards.aesthetic import load_head
 from tests.fuzz import strategies
 from tests.fuzz.config_readers import CLIP, TEXT, abstract, dumps
