@@ -1,6 +1,7 @@
 """Files of named tensors: safetensors, several that an index binds together, and pickles."""
 
 import contextlib
+import json
 import math
 import os
 from collections.abc import Iterator, Mapping
