@@ -279,11 +279,13 @@ def with_transformers_names(state, parts, layers):
 
 
 @pytest.mark.parametrize("layers", [23, 24])
-def test_either_names_of_the_text_encoder_are_the_same_model(layers, sd2, tmp_path):
+def test_either_names_are_the_same_model(layers, sd2, tmp_path, monkeypatch):
     path, parts = sd2
     state = with_transformers_names(
         ldm_checkpoint.to_ldm("sd2", parts), parts["text_encoder"], layers
     )
+    if layers == 24:  # the autoencoder's other prefix, too
+        state = {name.replace("first_stage_model.", "vae."): state[name] for name in state}
     save_file({name: value.contiguous() for name, value in state.items()}, tmp_path / path.name)
     ours, expected = open_model(tmp_path / path.name), open_model(path)
     for component in ("unet", "vae", "text_encoder", "scheduler"):
@@ -292,7 +294,12 @@ def test_either_names_of_the_text_encoder_are_the_same_model(layers, sd2, tmp_pa
     assert tensors.keys() == dict(expected.tensors("text_encoder")).keys()
     for name, tensor in expected.tensors("text_encoder"):
         np.testing.assert_array_equal(tensors[name], tensor)
+    for name, tensor in ours.tensors("vae"):
+        np.testing.assert_array_equal(dict(expected.tensors("vae"))[name], tensor)
     assert read_config(ours, "text_encoder")["hidden_act"] == "gelu"
+    tokenizer = path.with_suffix("") / "tokenizer"
+    monkeypatch.setattr(hub, "download_tokenizer", lambda name: tokenizer)
+    assert ours.tokenizer().pad_token == "!"
 
 
 def test_marker_tensors_tell_of_v_and_of_zero_signal(tmp_path):
