@@ -110,7 +110,15 @@ class Checkpoints:
             keep_checkpoints_without_metrics=False,
         )
         self._policy = policies.AnyPreservationPolicy([policies.LatestN(keep), best])
-        asynchronous = ocp.options.AsyncOptions(post_finalization_callback=self._sync)
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{directory} cannot be used ({error.strerror}); remove it if it is no folder, or "
+                "give another --workdir"
+            ) from error
+        # Orbax copies what it is given, and of a method the object, too.
+        asynchronous = ocp.options.AsyncOptions(post_finalization_callback=lambda: self._sync())
         try:
             self._checkpointer = ocp.training.Checkpointer(
                 self._directory,
@@ -118,11 +126,6 @@ class Checkpoints:
                 preservation_policy=self._policy,
                 cleanup_tmp_directories=True,
             )
-        except OSError as error:
-            raise UserError(
-                f"{directory} cannot be used ({error.strerror}); remove it if it is no folder, or "
-                "give another --workdir"
-            ) from error
         except ValueError as error:
             # Orbax has read what the folder of every checkpoint says of itself.
             newest = max(_steps_in(self._directory), default="")

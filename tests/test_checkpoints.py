@@ -188,6 +188,116 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
     checkpoints.close()
 
 
+def empty(folder):
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: os.truncate(folder / "_CHECKPOINT_METADATA", 50),
+        lambda folder: os.truncate(folder / "_CHECKPOINT_METADATA", 0),
+        lambda folder: (folder / "_CHECKPOINT_METADATA").unlink(),
+        lambda folder: (folder / "_CHECKPOINT_METADATA").write_bytes(b"\0" * 500),
+        lambda folder: (folder / "_CHECKPOINT_METADATA").write_text("[1]"),
+        lambda folder: (folder / "_CHECKPOINT_METADATA").write_text('{"custom_metadata": [1]}'),
+        lambda folder: (folder / "_CHECKPOINT_METADATA").write_text(
+            '{"custom_metadata": {"fingerprint": "x"}}'
+        ),
+        lambda folder: shutil.rmtree(folder / "state"),
+        empty,
+    ],
+)
+def test_a_checkpoint_of_the_wrong_kind_is_named(tmp_path, damage):
+    save(tmp_path / "run", 1, 2)
+    damage(tmp_path / "run" / "2")
+    with pytest.raises(UserError, match="run/2 cannot be read.* resume from the one before it"):
+        Checkpoints(tmp_path / "run", fingerprint(), 2)
+    shutil.rmtree(tmp_path / "run" / "2")
+    checkpoints = Checkpoints(tmp_path / "run", fingerprint(), 2)
+    assert checkpoints.latest_step == 1
+    checkpoints.close()
+    empty(tmp_path / "run" / "1")
+    with pytest.raises(UserError, match="run/1 cannot be read.* remove that folder to begin anew"):
+        Checkpoints(tmp_path / "run", fingerprint(), 2)
+
+
+def test_what_is_no_checkpoint_is_left_alone(tmp_path):
+    save(tmp_path / "run", 1)
+    (tmp_path / "run" / "9").touch()
+    (tmp_path / "run" / "notes").mkdir()
+    checkpoints = Checkpoints(tmp_path / "run", fingerprint(), 2)
+    assert checkpoints.latest_step == 1
+    checkpoints.close()
+    assert restore(tmp_path / "run")["step"] == 1
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file cannot be used .*; remove it if it is no folder"):
+        Checkpoints(tmp_path / "file", fingerprint(), 2)
+
+
+def test_what_a_kill_kept_from_being_removed_goes_at_the_next_start(tmp_path):
+    save(tmp_path / "run", 1, 2, 3, keep=3)
+    checkpoints = Checkpoints(tmp_path / "run", fingerprint(), keep=2)
+    checkpoints.restore(make_state())
+    assert steps_in(tmp_path / "run") == [1, 2, 3]
+    checkpoints.remove_old()
+    checkpoints.close()
+    assert steps_in(tmp_path / "run") == [2, 3]
+
+
+def test_a_checkpoint_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    synced, fsync = set(), os.fsync
+
+    def note_what(file):
+        path = Path(os.readlink(f"/proc/self/fd/{file}"))
+        synced.add(path.relative_to(tmp_path / "run").as_posix().replace(TEMPORARY, ""))
+        assert path.parts[len(tmp_path.parts) + 1] == "2" + TEMPORARY
+        fsync(file)
+
+    save(tmp_path / "run", 1, keep=1)
+    monkeypatch.setattr(os, "fsync", note_what)
+    save(tmp_path / "run", 2, keep=1)
+    assert steps_in(tmp_path / "run") == [2]
+    whole = {
+        path.relative_to(tmp_path / "run").as_posix() for path in (tmp_path / "run").rglob("*")
+    }
+    # Orbax adds a mark when it gives the name.
+    assert synced == whole - {"2/commit_success.txt"}
+
+
+TEMPORARY = ".orbax-checkpoint-tmp"
+
+FULL = """
+import resource, sys
+from tests.test_checkpoints import Checkpoints, fingerprint, make_state
+from alignprop_jax import exhaustion
+from alignprop_jax.errors import UserError
+checkpoints = Checkpoints(sys.argv[1], fingerprint(), 2)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
+try:
+    with exhaustion.named(sys.argv[1], "x=1"):
+        checkpoints.save(3, make_state(3))
+        checkpoints.close()
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("limit", [0, 150, 700])
+def test_a_disk_that_is_full_is_one_line_and_loses_nothing(tmp_path, limit):
+    """A limit on the size of files stands for it."""
+    save(tmp_path / "run", 1, 2)
+    process = subprocess.run(
+        [sys.executable, "-c", FULL, tmp_path / "run", str(limit)], capture_output=True, text=True
+    )
+    said = f"{tmp_path / 'run'} cannot be written to (File too large); nothing that it holds is"
+    assert process.stdout.startswith(said) and process.stdout.count("\n") == 1
+    assert process.stderr == ""
+    save(tmp_path / "run", 3)
+    assert steps_in(tmp_path / "run") == [2, 3]
+
+
 @pytest.mark.parametrize(
     "other, named",
     [

@@ -8,7 +8,7 @@ from alignprop_jax.algorithms.presets import PRESETS, WITHOUT_REWARD_GRADIENT, u
 from alignprop_jax.config import (
     check_key,
     default_config,
-    describe_changes,
+    find_changes,
     load_config,
     to_json,
     validate,
@@ -250,6 +250,12 @@ def test_json_and_changes_round_trip():
     saved = json.loads(to_json(config))
     assert saved["lora"]["targets"] == ["to_q", "to_k", "to_v", "to_out.0"]
     assert saved["reward"] == {"aesthetic": 1.0, "file.py:fn": 0.5}
-    assert describe_changes(saved, config) == []
+    assert find_changes(saved, config) == {}
     config.train.num_steps = 7
-    assert describe_changes(saved, config) == ["train.num_steps: 100 -> 7"]
+    assert find_changes(saved, config) == {"train.num_steps": (100, 7)}
+    # Of an earlier release, and of a later one.
+    del saved["train"]["seed"], saved["lora"]
+    saved["loss"]["new"] = 1
+    assert find_changes(saved, config) == {"train.num_steps": (100, 7)}
+    config.train.seed = 2
+    assert find_changes(saved, config)["train.seed"] == (0, 2)

@@ -1,6 +1,9 @@
+import errno
 import functools
 import json
 import math
+import os
+import re
 import shutil
 import subprocess
 import time
@@ -310,17 +313,17 @@ def test_a_finished_run_says_so_and_changes_nothing(config, finished_copy, capsy
 
 
 def test_ten_steps_without_a_gradient_stop_the_run(config, finished_run, finished_copy):
-    # The finished run is prolonged with a reward that is NaN: the steps before stay.
+    # The finished run is prolonged at a rate that makes its factors infinite.
     config.train.num_steps = 30
-    config.reward = config.reward.replace("redness", "undefined")
-    with pytest.raises(
-        UserError, match="10 steps in a row, up to step 18 .*step 8 is kept.*:undefined' is nan"
-    ):
+    # Each step multiplies the factors by a million, until the samples are NaN.
+    config.train.learning_rate = config.train.weight_decay = 1000.0
+    with pytest.raises(UserError, match="10 steps in a row, up to step .*step 8 is kept") as caught:
         train(config, finished_copy)
     metrics = nano_run.read_records(finished_copy / "metrics.jsonl")
-    assert [record["step"] for record in metrics] == list(range(1, 19))
+    last = int(re.search(r"up to step (\d+)", str(caught.value))[1])
+    assert [record["step"] for record in metrics] == list(range(1, last + 1))
     assert metrics[:8] == nano_run.read_records(finished_run[0] / "metrics.jsonl")
-    assert all(record["loss"] is None for record in metrics[8:])
+    assert all(record["grad_norm"] is None for record in metrics[-10:])
     assert not (finished_copy / "summary.json").exists()
     steps = [path.name for path in (finished_copy / "checkpoints").iterdir() if path.is_dir()]
     assert sorted(steps) == ["6", "8"]
@@ -372,13 +375,20 @@ def test_a_sample_that_is_not_finite_ends_the_run(config, tmp_path, monkeypatch,
 @pytest.mark.parametrize(
     "key, value, named",
     [
-        ("lora.rank", 3, r"LoRA rank \[4\], this run \[3\]; give this run another --workdir"),
-        ("lora.alpha", 8.0, "LoRA alpha 4.0, this run 8.0"),
-        ("lora.targets", ("to_q",), "LoRA targets"),
-        ("dtype", "bfloat16", "dtype float32, this run bfloat16"),
+        ("lora.rank", 3, "config.lora.rank was 4, is now 3; give it another --workdir"),
+        ("prompts", "animals", "config.prompts was '.*train.txt', is now 'animals'"),
+        ("reward", "{folder}/rewards.py:undefined", "config.reward was .*redness', is now"),
+        ("train.seed", 1, "config.train.seed was 0, is now 1"),
     ],
 )
-def test_a_checkpoint_of_another_lora_is_refused(config, finished_copy, key, value, named):
+@pytest.mark.parametrize("num_steps", [nano_run.NUM_STEPS, 30])
+def test_the_run_of_another_config_is_refused(
+    config, nano_config, finished_copy, key, value, named, num_steps
+):
+    """Whether it is to go on or has come to its end."""
+    config.train.num_steps = num_steps
+    if isinstance(value, str):
+        value = value.format(folder=nano_config.parent)
     config.update_from_flattened_dict({key: value})
     before = nano_run.read_tree(finished_copy)
     with pytest.raises(UserError, match=named):
@@ -422,6 +432,99 @@ def test_a_workdir_that_cannot_be_written(config, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="workdir .*file/run' cannot be written .Not a directory"):
         train(config, tmp_path / "file" / "run")
+
+
+def test_a_checkpoint_of_another_lora_is_refused_though_its_config_is_lost(config, finished_copy):
+    (finished_copy / "config.json").write_text("")
+    config.train.num_steps, config.lora.rank = 30, 3
+    with pytest.raises(UserError, match=r"LoRA rank \[4\], this run \[3\]; give this run another"):
+        train(config, finished_copy)
+
+
+def test_a_finished_run_without_checkpoints_is_not_begun_anew(config, finished_copy, capsys):
+    shutil.rmtree(finished_copy / "checkpoints")
+    before = nano_run.read_tree(finished_copy)
+    train(config, finished_copy)
+    assert capsys.readouterr().out.startswith("already finished: reward ")
+    config.train.num_steps = 9
+    with pytest.raises(UserError, match="finished after 8 steps and has no checkpoint to go on"):
+        train(config, finished_copy)
+    assert nano_run.read_tree(finished_copy) == before
+
+
+def same_run(workdir, finished):
+    for name in ("metrics.jsonl", "eval.jsonl"):
+        records = nano_run.read_records(workdir / name)
+        assert records == nano_run.read_records(finished / name), name
+    images, expected = (nano_run.read_tree(path / "images") for path in (workdir, finished))
+    assert images.pop("before.npz") and expected.pop("before.npz")
+    assert images == expected
+    summaries = [json.loads((path / "summary.json").read_text()) for path in (workdir, finished)]
+    assert len({json.dumps([s[key] for key in REWARDS]) for s in summaries}) == 1
+
+
+REWARDS = ("reward_before", "reward_after", "unseen_before", "unseen_after", "steps")
+
+
+def test_what_a_run_has_lost_is_measured_again(config, finished_run, finished_copy, capsys):
+    """The end of the run is what is left to do: it is as it was."""
+    config.evaluation.every = 3  # no matter, as it is not due at step 8
+    (finished_copy / "summary.json").write_bytes(b"")
+    (finished_copy / "config.json").write_bytes(b"\0" * 10)
+    (finished_copy / "images" / "before.npz").unlink()
+    (finished_copy / "images" / "train_before.png").unlink()
+    evaluations = (finished_copy / "eval.jsonl").read_bytes().split(b"\n")
+    (finished_copy / "eval.jsonl").write_bytes(b"\n".join([b"{]", *evaluations[1:3], b"\xff"]))
+    with (finished_copy / "metrics.jsonl").open("ab") as file:
+        file.write(b"\0" * 30 + b'\n{"step": 9, "st\x9e')
+    train(config, finished_copy)
+    printed = capsys.readouterr().out
+    for said in (
+        "summary.json cannot be read",
+        "config.json cannot be read",
+        "metrics.jsonl: line 9 cannot be read",
+        "eval.jsonl: line 1 cannot be read",
+        "before.npz cannot be used (No such file or directory)",
+        "evaluations of step 0 are missing and are done again",
+    ):
+        assert printed.count(said) == 1, said
+    same_run(finished_copy, finished_run[0])
+
+
+def test_the_evaluation_that_a_run_goes_on_from_is_done_again(config, finished_copy, capsys):
+    config.evaluation.every, config.train.num_steps = 4, 9
+    evaluations = [
+        line
+        for line in nano_run.read_lines(finished_copy / "eval.jsonl")
+        if json.loads(line)["step"] == 0 or json.loads(line)["split"] == "train"
+    ]
+    before = nano_run.read_records(finished_copy / "eval.jsonl")
+    (finished_copy / "eval.jsonl").write_text("\n".join(evaluations))
+    train(config, finished_copy)
+    assert "evaluations of step 8 are missing" in capsys.readouterr().out
+    assert nano_run.read_records(finished_copy / "eval.jsonl")[:4] == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("written", range(12))
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(
+    config, finished_run, tmp_path, monkeypatch, written
+):
+    """At the first file that the disk has to hold, at the second, ..."""
+    real, calls = os.fsync, []
+
+    def full(file):
+        calls.append(file)
+        if len(calls) > 3 * written:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(UserError, match="run cannot be written to .No space left on device.;"):
+            train(config, tmp_path / "run")
+    train(config, tmp_path / "run")
+    same_run(tmp_path / "run", finished_run[0])
 
 
 def test_bad_flags_are_one_line(nano_config, tmp_path):

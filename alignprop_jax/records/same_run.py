@@ -141,8 +141,10 @@ def has_scale_of(workdir: Workdir, config: ConfigDict, reward: str) -> bool:
     if not workdir.has_run() or any(key.partition(".")[0] in _OF_REWARDS for key in changed):
         return False
     known = workdir.load_contents().get("reward")
-    # A run of an earlier release says nothing.
-    return not isinstance(known, list) or _content_of_reward(reward) in [name for name, _ in known]
+    if known is None:  # In a run of an earlier release names decide.
+        return True
+    content = _content_of_reward(reward)
+    return any(isinstance(part, list) and part[:1] == [content] for part in known)
 
 
 def _find_problem(
