@@ -47,6 +47,10 @@ def compare(
     parsed = [Method.parse(text) for text in methods]
     if len({method.folder for method in parsed}) < len(parsed):
         raise UserError(f"--method is given twice: {', '.join(methods)}")
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} cannot be written ({error.strerror})") from error
     runs = plan_runs(workdir, config_file, rewards, parsed, seeds, budget)
     workdir.mkdir(parents=True, exist_ok=True)
     with locked(workdir):

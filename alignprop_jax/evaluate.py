@@ -100,7 +100,7 @@ def _evaluate(
     if scorers is None:
         scorers = make_judges(config, experiment.prompts)
     scorers = scorers | {
-        f"reward/{name}": reward_scorer(load_reward(config, name), experiment.prompts)
+        f"reward/{name}": reward_scorer(load_reward(config, name, experiment), experiment.prompts)
         for name in rewards
     }
     results = []

@@ -178,11 +178,18 @@ def _remat(
     return choose_remat(kept, *algorithm.steps_kept(config.sampler.num_steps), device_memory(mesh))
 
 
-def load_reward(config: ConfigDict, name: str) -> Reward:
+def load_reward(config: ConfigDict, name: str, experiment: Experiment) -> Reward:
     """Makes another reward than the config's, with the options that the config has for it.
 
+    Args:
+        experiment: of the config, whose samples it is to score.
+
     Raises:
-        UserError: there is no such reward, or it cannot be made.
+        UserError: there is no such reward, it cannot be made, or it gives no score an image.
     """
     tokenizer = open_model(config.model).tokenizer("tokenizer")
-    return make_reward(name, tokenizer, config, jnp.dtype(config.dtype))
+    reward = make_reward(name, tokenizer, config, jnp.dtype(config.dtype))
+    inputs = reward.prepare(experiment.prompts)
+    shape = experiment.generator.sample_shape
+    check_reward(reward, shape, differentiable=False, inputs=inputs)
+    return reward

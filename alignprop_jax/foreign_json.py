@@ -81,7 +81,7 @@ def text(default: Any = _NEEDED, most: int = 1000, least: int = 0) -> Field:
         value.encode()
         return value
 
-    allowed = f"a string of {f'{least} to' if least else 'at most'} {most} characters"
+    allowed = f"a string of {f'{least} to' if least else 'at most'} {most} valid characters"
     return Field(parse, allowed, default)
 
 

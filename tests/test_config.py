@@ -89,7 +89,11 @@ def test_every_truncation_strategy_is_allowed(strategy):
         ("sampler.num_steps", 20, "truncation.max is 49; with 20 sampler steps"),
         ("model", "", 'config.model="" must be a string of 1 to'),
         ("lora.targets", (), r"config.lora.targets=\[\] must be a list of 1 to 64"),
-        ("reward", 3, "config.reward=3 must be a string of 1 to 4096 characters, or an object"),
+        (
+            "reward",
+            3,
+            "config.reward=3 must be a string of 1 to 4096 valid characters, or an object",
+        ),
     ],
 )
 def test_a_bad_value_is_named_with_what_is_allowed(key, value, named):

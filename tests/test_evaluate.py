@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from alignprop_jax.config import load_config
-from alignprop_jax.errors import UserError
+from alignprop_jax.errors import UserError, note
 from alignprop_jax.evaluate import describe, evaluate
 from alignprop_jax.lora.mixing import BASE_MODEL, NO_LORA, LoraMix
 from tests import nano_run
@@ -88,6 +88,7 @@ def test_several_loras_and_rewards_at_once(nano_config, workdir):
 def test_a_reward_that_is_not_finite_is_said(config, workdir, capsys):
     for name, value in (("undefined", "nan"), ("infinite", "inf")):
         config.reward = config.reward.replace("redness", name).replace("undefined", name)
+        note.cache_clear()
         results = evaluate(config, workdir, NO_LORA, scorers={})
         out = capsys.readouterr().out
         for split, number in (("train", 6), ("unseen", 2)):

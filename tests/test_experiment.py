@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from alignprop_jax.config import load_config
-from alignprop_jax.experiment import load_experiment, make_keys
+from alignprop_jax.errors import UserError
+from alignprop_jax.experiment import load_experiment, load_reward, make_keys
 
 
 @pytest.fixture(scope="module")
@@ -55,3 +56,19 @@ def test_the_text_encoder_is_not_kept(loaded):
 def test_keys_of_a_seed_differ():
     draws = {tuple(np.asarray(key._base_array)) for seed in (0, 1) for key in make_keys(seed)}
     assert len(draws) == 6
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("{folder}/rewards.py:one_number", "rewards.py:one_number' must return one score an image"),
+        ("{folder}/rewards.py:absent", "has no function 'absent'"),
+        ("", "reward '' not found"),
+    ],
+)
+def test_a_further_reward_is_checked_before_anything_is_sampled(loaded, nano_config, name, message):
+    config = load_config(str(nano_config))
+    with pytest.raises(UserError, match=message):
+        load_reward(config, name.format(folder=nano_config.parent), loaded)
+    # It is there to be watched, and needs no gradient.
+    load_reward(config, f"{nano_config.parent}/rewards.py:in_bytes", loaded)

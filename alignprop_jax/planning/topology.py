@@ -28,6 +28,8 @@ _SHAPES_2D[256] = (16, 16)
 # ... of three-dimensional ones, as cube-like as cloud.google.com/tpu/docs lists them.
 _SHAPES_3D = {4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4), 64: (4, 4, 4)}
 _SHAPES_3D |= {128: (4, 4, 8), 256: (4, 8, 8), 512: (8, 8, 8)}
+# More than any slice has; a compiler for more would take all memory.
+_MOST_CHIPS = 16_384
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +62,8 @@ class Topology:
                     f"topology {name!r}: slices of {chip.name} have {chip.dimensions} dimensions, "
                     f"such as {chip.name}:{example}"
                 )
+            if math.prod(shape) > _MOST_CHIPS:
+                raise UserError(f"topology {name!r}: no slice has over {_MOST_CHIPS} chips")
             return cls(chip, shape)
         shapes = _SHAPES_2D if chip.dimensions == 2 else _SHAPES_3D
         chips = int(match[3]) / chip.cores_in_name

@@ -145,3 +145,9 @@ def test_mistakes_are_found_before_anything_runs(config_file, tmp_path):
     with pytest.raises(UserError, match="variant"):
         compare(tmp_path, config_file, ["medium"], ["ddpo"], 1, Budget(8, 2))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_workdir_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="--workdir=.*file/x cannot be written .Not a directory"):
+        compare(tmp_path / "file/x", "configs/emoji.py", ["aesthetic"], [], 1, Budget(8, 1))
