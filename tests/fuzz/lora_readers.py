@@ -21,7 +21,7 @@ from alignprop_jax.lora.mixing import LoraMix
 from alignprop_jax.merge import merge
 from alignprop_jax.models.unet import UNet, UNetConfig
 from tests.fuzz import strategies
-from tests.fuzz.config_readers import INDEX, UNET, VAE, abstract, dumps
+from tests.fuzz.config_readers import INDEX, TEXT, UNET, VAE, abstract, dumps
 from tests.fuzz.reader import Files, Reader, reader, same
 from tests.fuzz.strategies import Case, files, mutate_json, mutate_safetensors
 from tests.fuzz.weights_readers import encode, random_state
@@ -119,7 +119,7 @@ def lora_file(folder: Path) -> Reader:
         # The adapter's metadata may have been changed to another scale.
         kept = headers["ours"]["lora_adapter_metadata"]
         header = json.loads(value[name][8 : 8 + int.from_bytes(value[name][:8], "little")])
-        said = header.get("__metadata__", {}).get("lora_adapter_metadata")
+        said = (header.get("__metadata__") or {}).get("lora_adapter_metadata")
         _check_lora(result[0], value[name], compare=said in (None, kept))
 
     return contents.reader(draw, lambda f: load_lora(f / name, shapes), check)
@@ -159,6 +159,7 @@ def merged_model(folder: Path) -> Reader:
         "unet/config.json": dumps(UNET),
         "unet/diffusion_pytorch_model.safetensors": encode(random_state(shapes)),
         "vae/config.json": dumps(VAE),
+        "text_encoder/config.json": dumps(TEXT),
     }
     made = Files(source, contents)
     lora = LoraMix((str(folder / "ours.safetensors"),))

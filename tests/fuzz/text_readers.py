@@ -200,7 +200,10 @@ def prompt_file(folder: Path) -> Reader:
     def check(value: dict[str, bytes], prompts: list[str]) -> None:
         text = value["prompts.txt"].decode("utf-8-sig")
         lines = [line.strip() for line in re.split(r"\r\n|\r|\n", text)]
-        same(prompts, [line for line in lines if line], "the list of prompts")
+        # Files that were put behind one another have the mark of the second within.
+        lines = [line.strip("\ufeff").strip() for line in lines]
+        given = [prompt.strip("\ufeff").strip() for prompt in prompts]
+        same(given, [line for line in lines if line], "the list of prompts")
 
     contents = Files(folder, {"prompts.txt": valid.encode()})
     return contents.reader(draw, lambda f: load_prompts(str(f / "prompts.txt")), check)
