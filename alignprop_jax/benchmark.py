@@ -22,20 +22,20 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from alignprop_jax.benchmarking.curves import QUANTITIES, describe_curves, measure_curves
-from alignprop_jax.benchmarking.work import Work
-from alignprop_jax.children import run_child
 from alignprop_jax.config import MOST_GUIDANCE, MOST_IMAGES, MOST_STEPS
 from alignprop_jax.errors import UserError, run_program
-from alignprop_jax.flag_types import define_number
-from alignprop_jax.loading.pipeline_defaults import read_unet
-from alignprop_jax.loading.pretrained import open_model
-from alignprop_jax.models.vae import VAEConfig
+from alignprop_jax.generators.stable_diffusion.load import open_model
+from alignprop_jax.generators.stable_diffusion.pipeline_defaults import read_unet
+from alignprop_jax.inputs.flag_types import define_number
+from alignprop_jax.nn.vae import VAEConfig
+from alignprop_jax.process.children import run_child
 from alignprop_jax.records.metrics import write_json
+from alignprop_jax.timing.curves import QUANTITIES, describe_curves, measure_curves
+from alignprop_jax.timing.work import Work
 
-_PEER = Path(__file__).parent / "benchmarking" / "trl_peer.py"
+_PEER = Path(__file__).parent / "timing" / "trl_peer.py"
 _OWN, _TRL = "alignprop_jax", "trl"
-_OWN_COMMAND = (sys.executable, "-m", "alignprop_jax.benchmarking.own")
+_OWN_COMMAND = (sys.executable, "-m", "alignprop_jax.timing.own")
 
 
 def benchmark(works: Sequence[Work], rounds: int, peer_python: str = "") -> list[dict[str, Any]]:

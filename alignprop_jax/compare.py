@@ -16,14 +16,14 @@ from typing import Any
 
 from absl import flags
 
-from alignprop_jax.comparison.methods import DEFAULT_METHODS, Method
-from alignprop_jax.comparison.page import write_page
-from alignprop_jax.comparison.results import gather, table
-from alignprop_jax.comparison.runs import Budget, Run, plan_runs
 from alignprop_jax.config import MOST_IMAGES, MOST_STEPS, MOST_TIMES
 from alignprop_jax.errors import UserError, run_program
+from alignprop_jax.pages.comparison import write_page
 from alignprop_jax.records.lock import locked
 from alignprop_jax.records.metrics import write_json
+from alignprop_jax.trials.methods import DEFAULT_METHODS, Method
+from alignprop_jax.trials.results import gather, table
+from alignprop_jax.trials.runs import Budget, Run, plan_runs
 
 
 def compare(

@@ -24,7 +24,7 @@ from alignprop_jax.core.gradient_path import REWARD_AT, GradientPath
 from alignprop_jax.core.truncation import STRATEGIES, make_truncation
 from alignprop_jax.devices.sharding import ATTENTION
 from alignprop_jax.errors import UserError
-from alignprop_jax.foreign_json import (
+from alignprop_jax.inputs.foreign_json import (
     Field,
     Schema,
     boolean,
@@ -37,7 +37,7 @@ from alignprop_jax.foreign_json import (
     shorten,
     text,
 )
-from alignprop_jax.python_files import blamed_on, run_python_file
+from alignprop_jax.inputs.python_files import blamed_on, run_python_file
 
 # Limits that flags of programs share. No run is near them, and what is computed stays in the range
 # of float32 and int32.

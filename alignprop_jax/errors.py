@@ -9,7 +9,7 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
-from alignprop_jax import signals
+from alignprop_jax.process import signals
 
 
 class UserError(Exception):

@@ -19,7 +19,6 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from alignprop_jax import exhaustion
 from alignprop_jax.config import define_config_flag, validate
 from alignprop_jax.devices import distributed
 from alignprop_jax.devices.compilation import enable_compilation_cache
@@ -33,18 +32,19 @@ from alignprop_jax.evaluation.evaluator import (
 )
 from alignprop_jax.evaluation.judges import reward_scorer
 from alignprop_jax.evaluation.standardization import standardize_parts
-from alignprop_jax.experiment import load_experiment, load_reward
+from alignprop_jax.generators.stable_diffusion.load import adaptable_shapes
 from alignprop_jax.loading.buckets import local_copy
-from alignprop_jax.loading.pretrained import adaptable_shapes
 from alignprop_jax.lora.adapters import factors_of_network
 from alignprop_jax.lora.mixing import BASE_MODEL, LoraMix, define_flags_of_loras
+from alignprop_jax.records import exhaustion
 from alignprop_jax.records.images import columns_for, make_grid
 from alignprop_jax.records.lock import locked
 from alignprop_jax.records.metrics import write_json
-from alignprop_jax.records.same_run import has_scale_of, refuse_another_model
 from alignprop_jax.records.workdir import Workdir
 from alignprop_jax.rewards.base import Scorer
-from alignprop_jax.settings import at_a_time
+from alignprop_jax.runs.experiment import load_experiment, load_reward
+from alignprop_jax.runs.same_run import has_scale_of, refuse_another_model
+from alignprop_jax.runs.settings import at_a_time
 
 
 def evaluate(

@@ -21,14 +21,15 @@ import numpy as np
 from absl import flags
 from flax.traverse_util import flatten_dict
 
-from alignprop_jax import signals
 from alignprop_jax.errors import UserError, run_program
-from alignprop_jax.foreign_json import read_json_object
-from alignprop_jax.loading.pretrained import adaptable_shapes, resolve_model
+from alignprop_jax.generators.stable_diffusion.load import adaptable_shapes
+from alignprop_jax.inputs.foreign_json import read_json_object
+from alignprop_jax.loading.pretrained import resolve_model
 from alignprop_jax.loading.tensor_files import read_metadata, read_safetensors, write_safetensors
 from alignprop_jax.loading.weights import to_torch_layout
 from alignprop_jax.lora.factors import LoraTree
 from alignprop_jax.lora.mixing import LoraMix, define_lora_flags
+from alignprop_jax.process import signals
 from alignprop_jax.records.places import name_of, without_places
 
 _SOURCE = "source"

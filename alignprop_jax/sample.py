@@ -27,8 +27,8 @@ from alignprop_jax.core.finite import require_finite
 from alignprop_jax.devices.compilation import compiler_options, enable_compilation_cache
 from alignprop_jax.devices.distributed import on_every_host, on_main
 from alignprop_jax.errors import UserError, run_program
-from alignprop_jax.flag_types import define_number
 from alignprop_jax.generators.load import load_generator
+from alignprop_jax.inputs.flag_types import define_number
 from alignprop_jax.lora.adapters import factors_of_network
 from alignprop_jax.lora.mixing import NO_LORA, LoraMix, define_lora_flags
 from alignprop_jax.prompts.reading import load_prompts

@@ -19,7 +19,6 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from alignprop_jax import exhaustion
 from alignprop_jax.config import define_config_flag, validate
 from alignprop_jax.devices import distributed
 from alignprop_jax.devices.compilation import enable_compilation_cache
@@ -27,20 +26,21 @@ from alignprop_jax.devices.cpu_devices import use_cores
 from alignprop_jax.errors import run_program
 from alignprop_jax.evaluation.evaluator import make_evaluator, make_judges, summarize
 from alignprop_jax.evaluation.standardization import standardize_parts
-from alignprop_jax.experiment import UNSEEN, load_experiment
-from alignprop_jax.loading.pretrained import adaptable_shapes
+from alignprop_jax.generators.stable_diffusion.load import adaptable_shapes
 from alignprop_jax.lora.adapters import factors_of_network
 from alignprop_jax.lora.factors import mix_loras
 from alignprop_jax.lora.files import load_lora
 from alignprop_jax.lora.mixing import LoraMix, parse_timesteps
+from alignprop_jax.pages.sweep import MOST_PICTURES, write_page
+from alignprop_jax.records import exhaustion
 from alignprop_jax.records.lock import locked
 from alignprop_jax.records.metrics import JsonLines, Record
 from alignprop_jax.records.progress import progress_bar
-from alignprop_jax.records.same_run import has_scale_of, refuse_another_model
 from alignprop_jax.records.workdir import Workdir
 from alignprop_jax.rewards.base import Scorer
-from alignprop_jax.settings import at_a_time
-from alignprop_jax.sweep_page import MOST_PICTURES, write_page
+from alignprop_jax.runs.experiment import UNSEEN, load_experiment
+from alignprop_jax.runs.same_run import has_scale_of, refuse_another_model
+from alignprop_jax.runs.settings import at_a_time
 
 
 def sweep(

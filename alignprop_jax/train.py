@@ -7,56 +7,50 @@ On a pod it is given to every host (docs/multihost.md), and the folder may be gs
 """
 
 import contextlib
-import functools
 import time
-from collections.abc import Callable
 
 import jax
 from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from alignprop_jax import exhaustion, signals
 from alignprop_jax.algorithms.state import TrainState
-from alignprop_jax.checkpoints import Checkpoints, make_fingerprint
 from alignprop_jax.config import define_config_flag, validate
 from alignprop_jax.devices import distributed, sharding
 from alignprop_jax.devices.compilation import (
-    compiler_options,
     enable_compilation_cache,
-    garbage_collection_paused,
-    release_freed_memory,
 )
 from alignprop_jax.devices.cpu_devices import use_cores
 from alignprop_jax.errors import UserError, note, run_program
-from alignprop_jax.evaluation.evaluator import Evaluator, make_evaluator, make_judges
+from alignprop_jax.evaluation.evaluator import Evaluator, images_of, make_evaluator, make_judges
+from alignprop_jax.evaluation.reports import Reports
 from alignprop_jax.evaluation.standardization import standardize_parts
-from alignprop_jax.experiment import TRAIN, UNSEEN, Experiment, load_experiment
-from alignprop_jax.gradient_watch import GradientWatch
-from alignprop_jax.loading.pretrained import adaptable_shapes
+from alignprop_jax.generators.stable_diffusion.load import adaptable_shapes
 from alignprop_jax.lora.factors import count_parameters
 from alignprop_jax.lora.files import continue_lora
+from alignprop_jax.process import signals
+from alignprop_jax.records import exhaustion
+from alignprop_jax.records.checkpoints import Checkpoints, make_fingerprint
 from alignprop_jax.records.dashboards import open_dashboards
-from alignprop_jax.records.frozen_text import load_frozen_text
 from alignprop_jax.records.lock import locked
 from alignprop_jax.records.metrics import Record
 from alignprop_jax.records.progress import progress_bar
-from alignprop_jax.records.reports import Reports
-from alignprop_jax.records.same_run import (
+from alignprop_jax.records.summary import describe_result, seconds_of_steps, summarize
+from alignprop_jax.records.workdir import Workdir
+from alignprop_jax.runs.experiment import TRAIN, UNSEEN, Experiment, load_experiment
+from alignprop_jax.runs.frozen_text import load_frozen_text
+from alignprop_jax.runs.gradient_watch import GradientWatch
+from alignprop_jax.runs.same_run import (
     changes_of_run,
     contents_of_files,
     contents_of_weights,
     refuse_another_run,
 )
-from alignprop_jax.records.summary import describe_result, seconds_of_steps, summarize
-from alignprop_jax.records.trained_weights import save_trained
-from alignprop_jax.records.workdir import Workdir
-from alignprop_jax.settings import adaptation_of, at_a_time
-from alignprop_jax.train_steps import create_state, frozen_of, trace_train_step
+from alignprop_jax.runs.settings import adaptation_of, at_a_time
+from alignprop_jax.runs.train_step import CompiledStep, compile_train_step, create_state
+from alignprop_jax.runs.trained_weights import save_trained
 
 _RECORDED = ("reward_mean", "reward_std", "loss", "grad_norm", "step_seconds", "start_step")
-
-TrainStep = Callable[[TrainState], tuple[TrainState, dict[str, jax.Array]]]
 
 
 def train(config: ConfigDict, path: epath.PathLike) -> None:
@@ -124,7 +118,7 @@ def _train(config: ConfigDict, workdir: Workdir, began: float) -> None:
             if resumed:
                 repair_evaluations(config, experiment, state, workdir, reports)
             else:
-                workdir.save_before(reports.evaluate(0, state.lora, "before"))
+                workdir.save_before(images_of(reports.evaluate(0, state.lora, "before")))
             state = run_steps(config, train_step, state, workdir, reports, checkpoints)
             save_trained(config, experiment, state, workdir, text)
             evaluate_after(int(state.step), state, workdir, reports)
@@ -160,7 +154,7 @@ def repair_evaluations(
         fresh = create_state(config, experiment)
         if config.lora.init:
             fresh = start_from_file(config, experiment, fresh)
-        workdir.save_before(reports.evaluate(0, fresh.lora, "before"))
+        workdir.save_before(images_of(reports.evaluate(0, fresh.lora, "before")))
     if step in lacking:
         reports.evaluate(step, state.lora, f"{step:06d}")
     workdir.order_evaluations()
@@ -226,24 +220,9 @@ def announce(config: ConfigDict, experiment: Experiment, state: TrainState) -> N
     )
 
 
-def compile_train_step(
-    config: ConfigDict, experiment: Experiment, state: TrainState
-) -> tuple[TrainStep, float]:
-    """Compiles one update; returns it with the seconds that took."""
-    print("compiling the train step ...", end=" ", flush=True)
-    began = time.perf_counter()
-    with garbage_collection_paused():
-        lowered = trace_train_step(config, experiment, state).lower()
-    compiled = lowered.compile(compiler_options())
-    release_freed_memory()
-    seconds = time.perf_counter() - began
-    print(f"{seconds:.0f} s", flush=True)
-    return functools.partial(compiled, frozen_of(experiment)), seconds
-
-
 def run_steps(
     config: ConfigDict,
-    train_step: TrainStep,
+    train_step: CompiledStep,
     state: TrainState,
     workdir: Workdir,
     reports: Reports,

@@ -21,7 +21,7 @@ A chip takes train.microbatch_size / chips images at a time: 16 are for a host o
 
 from ml_collections import ConfigDict
 
-from alignprop_jax.recipes import full_size_config
+from alignprop_jax.runs.recipes import full_size_config
 
 
 def get_config(variant: str = "aesthetic") -> ConfigDict:

@@ -9,7 +9,7 @@ The variants are those of configs/sd15.py. Nothing is published of AlignProp on 
 
 from ml_collections import ConfigDict
 
-from alignprop_jax.recipes import full_size_config
+from alignprop_jax.runs.recipes import full_size_config
 
 
 def get_config(variant: str = "aesthetic") -> ConfigDict:

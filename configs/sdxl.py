@@ -8,7 +8,7 @@ takes 4 steps without guidance at 512 x 512. Nothing is published of AlignProp o
 
 from ml_collections import ConfigDict
 
-from alignprop_jax.recipes import full_size_config
+from alignprop_jax.runs.recipes import full_size_config
 
 _TURBO = "turbo_"
 

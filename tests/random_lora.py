@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from alignprop_jax.loading.pretrained import load_stable_diffusion
+from alignprop_jax.generators.stable_diffusion.load import load_stable_diffusion
 from alignprop_jax.lora.factors import ATTENTION_PROJECTIONS, init_lora
 from alignprop_jax.lora.files import save_lora
 

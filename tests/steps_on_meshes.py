@@ -17,10 +17,9 @@ from alignprop_jax.algorithms.presets import use_algorithm
 from alignprop_jax.config import load_config
 from alignprop_jax.devices import sharding
 from alignprop_jax.devices.cpu_devices import use_cores
-from alignprop_jax.experiment import load_experiment
-from alignprop_jax.settings import at_a_time
-from alignprop_jax.train import compile_train_step
-from alignprop_jax.train_steps import create_state
+from alignprop_jax.runs.experiment import load_experiment
+from alignprop_jax.runs.settings import at_a_time
+from alignprop_jax.runs.train_step import compile_train_step, create_state
 
 
 def main(config_file: str, output: Path, algorithm: str, meshes: Sequence[str]) -> None:

@@ -13,8 +13,8 @@ import optax
 import pytest
 from safetensors.numpy import load_file
 
-from alignprop_jax.checkpoints import Checkpoints, make_fingerprint, restore
 from alignprop_jax.errors import UserError
+from alignprop_jax.records.checkpoints import Checkpoints, make_fingerprint, restore
 
 
 def make_lora(rank=2):
@@ -271,7 +271,7 @@ TEMPORARY = ".orbax-checkpoint-tmp"
 FULL = """
 import resource, sys
 from tests.test_checkpoints import Checkpoints, fingerprint, make_state
-from alignprop_jax import exhaustion
+from alignprop_jax.records import exhaustion
 from alignprop_jax.errors import UserError
 checkpoints = Checkpoints(sys.argv[1], fingerprint(), 2)
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from alignprop_jax import exhaustion
 from alignprop_jax.config import default_config
 from alignprop_jax.errors import UserError
+from alignprop_jax.records import exhaustion
 
 NO_SPACE = os.strerror(errno.ENOSPC)
 
@@ -71,7 +71,7 @@ def test_a_users_error_stays_what_it_is():
 MUCH = """
 import resource
 import jax, jax.numpy as jnp
-from alignprop_jax import exhaustion
+from alignprop_jax.records import exhaustion
 product = jax.jit(lambda x: jnp.outer(x, x) @ jnp.outer(x, x)).lower(jnp.ones(30000)).compile()
 status = dict(line.split(":", 1) for line in open("/proc/self/status"))
 limit = int(status["VmSize"].split()[0]) * 1024 + 2**30

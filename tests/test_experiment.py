@@ -3,7 +3,7 @@ import pytest
 
 from alignprop_jax.config import load_config
 from alignprop_jax.errors import UserError
-from alignprop_jax.experiment import load_experiment, load_reward, make_keys
+from alignprop_jax.runs.experiment import load_experiment, load_reward, make_keys
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,11 @@ import pytest
 from absl import flags
 
 from alignprop_jax.benchmark import first_step
-from alignprop_jax.comparison.methods import Method
 from alignprop_jax.errors import UserError
-from alignprop_jax.flag_types import define_number
+from alignprop_jax.inputs.flag_types import define_number
 from alignprop_jax.lora.mixing import parse_timesteps
 from alignprop_jax.planning.topology import Topology
+from alignprop_jax.trials.methods import Method
 
 VALUES = [
     "",

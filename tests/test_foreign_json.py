@@ -3,7 +3,7 @@ import json
 import pytest
 
 from alignprop_jax.errors import UserError
-from alignprop_jax.foreign_json import (
+from alignprop_jax.inputs.foreign_json import (
     boolean,
     either,
     integer,

@@ -12,8 +12,8 @@ import jax
 import numpy as np
 import pytest
 
+from alignprop_jax.generators.stable_diffusion.load import load_stable_diffusion
 from alignprop_jax.generators.stable_diffusion.prompts import encode
-from alignprop_jax.loading.pretrained import load_stable_diffusion
 from alignprop_jax.lora.factors import count_parameters
 from tests.chains import make_sample
 from tests.parity import to_nhwc

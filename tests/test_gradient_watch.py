@@ -7,7 +7,7 @@ import pytest
 
 from alignprop_jax.config import default_config
 from alignprop_jax.errors import UserError
-from alignprop_jax.gradient_watch import MAX_FIRST_AT_REST, GradientWatch
+from alignprop_jax.runs.gradient_watch import MAX_FIRST_AT_REST, GradientWatch
 
 
 def metrics(**changes):

@@ -8,8 +8,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from alignprop_jax.errors import UserError
+from alignprop_jax.generators.stable_diffusion.load import load_stable_diffusion
 from alignprop_jax.generators.stable_diffusion.prompts import encode
-from alignprop_jax.loading.pretrained import load_stable_diffusion
 from alignprop_jax.lora.files import load_lora
 from alignprop_jax.lora.mixing import LoraMix
 from alignprop_jax.merge import merge

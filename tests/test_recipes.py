@@ -4,7 +4,7 @@ import pytest
 
 from alignprop_jax.config import load_config, validate
 from alignprop_jax.errors import UserError
-from alignprop_jax.recipes import REWARDS, SETTINGS
+from alignprop_jax.runs.recipes import REWARDS, SETTINGS
 
 
 @pytest.mark.parametrize("file", ["sd15", "sd21", "sdxl"])

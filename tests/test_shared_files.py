@@ -7,20 +7,21 @@ import jax
 import numpy as np
 import pytest
 
-from alignprop_jax.comparison import page, results
-from alignprop_jax.comparison.methods import Method
-from alignprop_jax.comparison.runs import Run
 from alignprop_jax.config import default_config
-from alignprop_jax.loading.pretrained import adaptable_shapes
+from alignprop_jax.generators.stable_diffusion.load import adaptable_shapes
 from alignprop_jax.lora.factors import init_lora
 from alignprop_jax.lora.files import LORA_FILE, load_lora, save_lora
 from alignprop_jax.lora.kohya import save_kohya_lora
 from alignprop_jax.lora.mixing import LoraMix
 from alignprop_jax.merge import merge
+from alignprop_jax.pages import comparison as page
+from alignprop_jax.pages.sweep import lora_name, write_page
 from alignprop_jax.records.metrics import write_json
 from alignprop_jax.records.places import name_of, score_name
-from alignprop_jax.records.trained_weights import describe
-from alignprop_jax.sweep_page import lora_name, write_page
+from alignprop_jax.runs.trained_weights import describe
+from alignprop_jax.trials import results
+from alignprop_jax.trials.methods import Method
+from alignprop_jax.trials.runs import Run
 from tests import nano_run
 from tests.random_lora import randomize_lora
 

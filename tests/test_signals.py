@@ -12,7 +12,7 @@ import pytest
 PROGRAM = """
 import gc, os, sys, threading, time
 from absl import flags
-from alignprop_jax import signals
+from alignprop_jax.process import signals
 from alignprop_jax.errors import UserError, run_program
 
 flags.DEFINE_string("do", None, "what to be found at")
@@ -197,14 +197,14 @@ def test_programs_answer_while_they_import(program):
 
 
 def test_a_library_leaves_the_signals_alone():
-    code = "import signal, alignprop_jax.signals; print(signal.getsignal(signal.SIGINT))"
+    code = "import signal, alignprop_jax.process.signals; print(signal.getsignal(signal.SIGINT))"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
     assert "default_int_handler" in printed
 
 
 PARENT = """
 import sys
-from alignprop_jax.children import run_child
+from alignprop_jax.process.children import run_child
 from alignprop_jax.errors import run_program
 
 run_program(lambda argv: print(run_child([sys.executable, "-c", sys.stdin.read()]).returncode))

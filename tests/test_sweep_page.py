@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from alignprop_jax.sweep_page import lora_name, write_page
+from alignprop_jax.pages.sweep import lora_name, write_page
 from tests.chromium import open_page
 
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)

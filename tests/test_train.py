@@ -21,14 +21,14 @@ from alignprop_jax.config import load_config
 from alignprop_jax.errors import UserError
 from alignprop_jax.evaluate import evaluate
 from alignprop_jax.evaluation.evaluator import Evaluator
-from alignprop_jax.experiment import load_experiment
-from alignprop_jax.loading.pretrained import adaptable_shapes
+from alignprop_jax.generators.stable_diffusion.load import adaptable_shapes
 from alignprop_jax.loading.tensor_files import read_metadata
 from alignprop_jax.lora.factors import ATTENTION_PROJECTIONS, init_lora
 from alignprop_jax.lora.files import load_lora, save_parts
 from alignprop_jax.lora.mixing import LoraMix
+from alignprop_jax.runs.experiment import load_experiment
+from alignprop_jax.runs.train_step import create_state
 from alignprop_jax.train import is_due, train
-from alignprop_jax.train_steps import create_state
 from tests import nano_run
 from tests.random_lora import randomize_lora
 

@@ -10,7 +10,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from alignprop_jax.generators.stable_diffusion.generator import encode_prompts
-from alignprop_jax.loading.pretrained import load_stable_diffusion
+from alignprop_jax.generators.stable_diffusion.load import load_stable_diffusion
 from alignprop_jax.loading.tokenizer import tokenize
 from alignprop_jax.lora.factors import init_lora
 from tests.torch_pipeline import build_torch_pipeline, torch

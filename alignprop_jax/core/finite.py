@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float
 
 from alignprop_jax.errors import UserError
-from alignprop_jax.foreign_json import shorten
+from alignprop_jax.inputs.foreign_json import shorten
 
 _SHOWN_PROMPTS = 3
 

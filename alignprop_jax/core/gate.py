@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from alignprop_jax.models import saved_names
+from alignprop_jax.nn import saved_names
 
 REMAT_POLICIES = ("none", "partial", "step", "block")
 KEEPS_ARGUMENTS_ALONE = ("step", "block")

@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 
 from alignprop_jax.core.generator import Generator, Weights
 from alignprop_jax.core.jaxprs import inner_jaxprs
-from alignprop_jax.models import saved_names
+from alignprop_jax.nn import saved_names
 
 # Of a device's memory, what activations may take.
 _SHARE = 0.5

@@ -17,8 +17,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from alignprop_jax import signals
 from alignprop_jax.errors import UserError
+from alignprop_jax.process import signals
 
 Function = TypeVar("Function", bound=Callable)
 

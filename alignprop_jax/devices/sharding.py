@@ -11,14 +11,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from alignprop_jax.errors import UserError
 from alignprop_jax.loading import shapes_only
-from alignprop_jax.models.attention_functions import (
+from alignprop_jax.nn.attention_functions import (
     Attend,
     attend,
     attend_by_kernel,
     attend_in_blocks,
 )
-from alignprop_jax.models.stacked_layers import is_stacked
-from alignprop_jax.models.tiled_attention import attend_in_tiles
+from alignprop_jax.nn.stacked_layers import is_stacked
+from alignprop_jax.nn.tiled_attention import attend_in_tiles
 
 # Generations without the instructions of the attention kernel.
 _WITHOUT_KERNEL = ("TPU v2", "TPU v3")

@@ -3,7 +3,7 @@
 import collections
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -21,13 +21,13 @@ from alignprop_jax.errors import note
 from alignprop_jax.evaluation.bootstrap import confidence_interval
 from alignprop_jax.evaluation.diversity import mean_distances
 from alignprop_jax.evaluation.judges import find_judges, removal_judges
-from alignprop_jax.experiment import Experiment, Split, make_keys
 from alignprop_jax.loading.pretrained import resolve_model
 from alignprop_jax.records.progress import progress_bar
 from alignprop_jax.rewards.base import Scorer
 from alignprop_jax.rewards.file_size import jpeg_kilobytes
 from alignprop_jax.rewards.pixels import to_uint8
 from alignprop_jax.rewards.weighted_sum import Statistics, standardize
+from alignprop_jax.runs.experiment import Experiment, Split, make_keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +37,11 @@ class Evaluation:
     prompts: list[str]
     scores: dict[str, np.ndarray]  # by scorer, one a sample
     images: np.ndarray
+
+
+def images_of(evaluations: Mapping[str, Evaluation]) -> dict[str, np.ndarray]:
+    """The pictures of several evaluations, by their names."""
+    return {name: evaluation.images for name, evaluation in evaluations.items()}
 
 
 _look_up = jax.jit(PromptTable.rows)

@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 from alignprop_jax.errors import UserError
 from alignprop_jax.loading.pretrained import load_component, resolve_model
 from alignprop_jax.loading.weights import ParamTree, load_params, save_params
-from alignprop_jax.models.clip import CLIPModel
+from alignprop_jax.nn.clip import CLIPModel
 from alignprop_jax.prompts.english import plural
 from alignprop_jax.prompts.objects import PromptObject, prompt_objects
 from alignprop_jax.rewards.base import Reward, Scorer

@@ -9,11 +9,11 @@ import numpy as np
 from alignprop_jax.core.generator import Adapter
 from alignprop_jax.devices.distributed import from_main
 from alignprop_jax.evaluation.evaluator import Evaluator
-from alignprop_jax.experiment import TRAIN, Split
-from alignprop_jax.foreign_json import list_of, number
+from alignprop_jax.inputs.foreign_json import list_of, number
 from alignprop_jax.records.metrics import read_json, write_json
 from alignprop_jax.records.workdir import Workdir
 from alignprop_jax.rewards.weighted_sum import Statistics, measure
+from alignprop_jax.runs.experiment import TRAIN, Split
 
 # Samples a mean and a standard deviation are taken of: known to a tenth of the latter.
 _NUM_SAMPLES = 64

@@ -8,9 +8,9 @@ from typing import Any
 import jax
 
 from alignprop_jax.generators.loaded import Loaded
+from alignprop_jax.generators.stable_diffusion.load import load_stable_diffusion
 from alignprop_jax.generators.stable_diffusion.prompts import encode
-from alignprop_jax.loading.pretrained import load_stable_diffusion
-from alignprop_jax.models.execution import Execution
+from alignprop_jax.nn.execution import Execution
 
 _IN_FLOAT32 = Execution()
 

@@ -14,8 +14,8 @@ from alignprop_jax.loading.pretrained import abstract_params
 from alignprop_jax.loading.sources import parse_config
 from alignprop_jax.loading.tensor_files import read_shapes, read_tensors
 from alignprop_jax.loading.weights import ParamTree, fill_params
-from alignprop_jax.models.clip import CLIPConfig, CLIPModel
-from alignprop_jax.models.execution import Execution
+from alignprop_jax.nn.clip import CLIPConfig, CLIPModel
+from alignprop_jax.nn.execution import Execution
 
 
 def load_open_clip(

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from alignprop_jax.errors import UserError, note
-from alignprop_jax.foreign_json import read_json_object
+from alignprop_jax.inputs.foreign_json import read_json_object
 from alignprop_jax.loading import shapes_only
 from alignprop_jax.loading.tokenizer import load_tokenizer
 from alignprop_jax.loading.torch_file import EXTRA
 from alignprop_jax.loading.weights import ParamTree, load_params
 from alignprop_jax.loading.weights_files import find_weights
-from alignprop_jax.models.clip import CLIPTextConfig
+from alignprop_jax.nn.clip import CLIPTextConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -13,7 +13,7 @@ from etils import epath
 from safetensors import SafetensorError, safe_open
 
 from alignprop_jax.errors import UserError, require_file
-from alignprop_jax.foreign_json import Field, mapping_of, read_json_fields
+from alignprop_jax.inputs.foreign_json import Field, mapping_of, read_json_fields
 from alignprop_jax.loading.buckets import in_bucket
 from alignprop_jax.loading.torch_file import read_pickle, read_pickle_shapes
 

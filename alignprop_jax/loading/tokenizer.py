@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from alignprop_jax.errors import UserError, note
-from alignprop_jax.foreign_json import (
+from alignprop_jax.inputs.foreign_json import (
     integer,
     mapping_of,
     number,
@@ -17,7 +17,7 @@ from alignprop_jax.foreign_json import (
     shorten,
 )
 from alignprop_jax.loading import shapes_only
-from alignprop_jax.models.clip import CLIPTextConfig
+from alignprop_jax.nn.clip import CLIPTextConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

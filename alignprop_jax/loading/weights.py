@@ -23,7 +23,7 @@ from jax.sharding import Sharding
 
 from alignprop_jax.errors import UserError, note
 from alignprop_jax.loading.tensor_files import read_tensors, write_safetensors
-from alignprop_jax.models.stacked_layers import is_stacked, single_layers
+from alignprop_jax.nn.stacked_layers import is_stacked, single_layers
 
 ParamTree = Mapping[str, Any]
 

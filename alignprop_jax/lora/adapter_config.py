@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from alignprop_jax.errors import UserError
-from alignprop_jax.foreign_json import (
+from alignprop_jax.inputs.foreign_json import (
     boolean,
     mapping_of,
     number,

@@ -19,7 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Key
 
 from alignprop_jax.errors import UserError
-from alignprop_jax.models.stacked_layers import is_stacked, single_layers
+from alignprop_jax.nn.stacked_layers import is_stacked, single_layers
 
 LoraTree = Mapping[str, Any]
 

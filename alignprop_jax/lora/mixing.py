@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from absl import flags
 
 from alignprop_jax.errors import UserError
-from alignprop_jax.flag_types import define_number
+from alignprop_jax.inputs.flag_types import define_number
 from alignprop_jax.lora.factors import LoraTree, mix_loras
 from alignprop_jax.lora.files import load_lora
 

@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict
 from alignprop_jax.errors import UserError
 from alignprop_jax.lora.factors import layer_shapes
 from alignprop_jax.lora.kohya import PREFIXES, kohya_layers
-from alignprop_jax.models.stacked_layers import single_layers
+from alignprop_jax.nn.stacked_layers import single_layers
 
 UNET = "unet"
 

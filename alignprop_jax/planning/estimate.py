@@ -16,13 +16,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from alignprop_jax.devices import sharding
-from alignprop_jax.experiment import Experiment, load_experiment
 from alignprop_jax.loading.shapes_only import shapes_only
 from alignprop_jax.planning.arithmetic import Arithmetic, count
 from alignprop_jax.planning.compiler import Compiled, compile_layout, compile_whole, dump_to
 from alignprop_jax.planning.hlo_cycles import ProgramCost, program_cost
 from alignprop_jax.planning.topology import Topology
-from alignprop_jax.train_steps import create_state, frozen_of, trace_train_step
+from alignprop_jax.runs.experiment import Experiment, load_experiment
+from alignprop_jax.runs.train_step import create_state, frozen_of, trace_train_step
 
 
 @dataclasses.dataclass(frozen=True)

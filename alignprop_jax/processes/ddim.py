@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from alignprop_jax.errors import UserError
-from alignprop_jax.foreign_json import (
+from alignprop_jax.inputs.foreign_json import (
     boolean,
     integer,
     list_of,

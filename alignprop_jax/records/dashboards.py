@@ -9,10 +9,10 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from alignprop_jax import signals
 from alignprop_jax.devices.distributed import is_main
 from alignprop_jax.errors import UserError
 from alignprop_jax.loading.buckets import in_bucket
+from alignprop_jax.process import signals
 from alignprop_jax.records.metrics import write_atomically
 
 # An event file in a bucket is written as a whole at each.

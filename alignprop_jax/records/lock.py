@@ -20,10 +20,10 @@ from typing import Any, Protocol
 import fsspec
 from etils import epath
 
-from alignprop_jax import signals
 from alignprop_jax.devices.distributed import from_main, is_main
 from alignprop_jax.errors import UserError
 from alignprop_jax.loading.buckets import in_bucket
+from alignprop_jax.process import signals
 
 _NAME = ".lock"
 _SECONDS_BETWEEN_SIGNS = 15.0

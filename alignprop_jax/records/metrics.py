@@ -15,7 +15,7 @@ from etils import epath
 
 from alignprop_jax.devices.distributed import on_main
 from alignprop_jax.errors import UserError, note
-from alignprop_jax.foreign_json import Schema, read_fields
+from alignprop_jax.inputs.foreign_json import Schema, read_fields
 from alignprop_jax.loading.buckets import in_bucket
 from alignprop_jax.records.whole_file import sync, whole_file
 

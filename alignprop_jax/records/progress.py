@@ -5,8 +5,8 @@ import weakref
 
 from tqdm import tqdm
 
-from alignprop_jax import signals
 from alignprop_jax.devices.distributed import is_main
+from alignprop_jax.process import signals
 
 
 def progress_bar(

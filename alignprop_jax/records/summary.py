@@ -7,7 +7,7 @@ import sys
 import numpy as np
 from ml_collections import ConfigDict
 
-from alignprop_jax.experiment import TRAIN, UNSEEN
+from alignprop_jax.prompts.splits import TRAIN, UNSEEN
 from alignprop_jax.records.metrics import Record
 from alignprop_jax.records.workdir import Workdir
 

@@ -12,8 +12,7 @@ from PIL import Image
 from alignprop_jax.config import to_json
 from alignprop_jax.devices.distributed import all_agree, from_main, is_main, on_main
 from alignprop_jax.errors import UserError, note
-from alignprop_jax.evaluation.evaluator import Evaluation
-from alignprop_jax.foreign_json import integer, number, optional, text
+from alignprop_jax.inputs.foreign_json import integer, number, optional, text
 from alignprop_jax.lora.files import LORA_FILE
 from alignprop_jax.lora.kohya import KOHYA_FILE
 from alignprop_jax.records.metrics import (
@@ -142,10 +141,10 @@ class Workdir:
             image.save(file, "PNG")
 
     @on_main
-    def save_before(self, evaluations: dict[str, Evaluation]) -> None:
+    def save_before(self, images: Mapping[str, np.ndarray]) -> None:
         """Keeps the untrained model's images by split, for a comparison after a resume."""
         with whole_file(self._before) as file:
-            np.savez_compressed(file, **{name: e.images for name, e in evaluations.items()})
+            np.savez_compressed(file, **images)
 
     def load_before(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray] | None:
         """Returns the images that `save_before` kept, of these shapes, [P, H, W, 3] by split.

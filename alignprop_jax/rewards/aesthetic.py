@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from alignprop_jax.errors import UserError
 from alignprop_jax.loading.pretrained import ASSETS, load_component, resolve_network
 from alignprop_jax.loading.tensor_files import read_tensors
-from alignprop_jax.models.clip import CLIPModel
+from alignprop_jax.nn.clip import CLIPModel
 from alignprop_jax.rewards.base import Reward, no_prompt_inputs
 from alignprop_jax.rewards.clip_similarity import image_params
 from alignprop_jax.rewards.preprocess import CLIPPreprocessor

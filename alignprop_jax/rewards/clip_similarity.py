@@ -16,7 +16,7 @@ from alignprop_jax.loading.pretrained import load_component, resolve_network
 from alignprop_jax.loading.shapes_only import compute
 from alignprop_jax.loading.tokenizer import load_tokenizer, tokenize
 from alignprop_jax.loading.weights import ParamTree
-from alignprop_jax.models.clip import CLIPModel
+from alignprop_jax.nn.clip import CLIPModel
 from alignprop_jax.rewards.base import Reward
 from alignprop_jax.rewards.preprocess import CLIPPreprocessor
 from alignprop_jax.rewards.registry import register

@@ -13,7 +13,7 @@ from alignprop_jax.loading.pretrained import load_component, resolve_network
 from alignprop_jax.loading.shapes_only import compute
 from alignprop_jax.loading.tokenizer import load_tokenizer, tokenize
 from alignprop_jax.loading.weights import ParamTree
-from alignprop_jax.models.owlvit import OwlViT
+from alignprop_jax.nn.owlvit import OwlViT
 from alignprop_jax.rewards.preprocess import OwlPreprocessor
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from alignprop_jax.loading.hub import download_file
 from alignprop_jax.loading.open_clip import load_open_clip
 from alignprop_jax.loading.pretrained import load_component, resolve_model, resolve_tokenizer
 from alignprop_jax.loading.tokenizer import load_tokenizer, tokenize
-from alignprop_jax.models.clip import CLIPModel
+from alignprop_jax.nn.clip import CLIPModel
 from alignprop_jax.rewards.base import Reward
 from alignprop_jax.rewards.clip_similarity import clip_similarity
 from alignprop_jax.rewards.preprocess import OPENAI_MEAN, OPENAI_STD, CLIPPreprocessor

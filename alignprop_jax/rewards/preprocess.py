@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from alignprop_jax.errors import UserError
-from alignprop_jax.foreign_json import (
+from alignprop_jax.inputs.foreign_json import (
     Field,
     Schema,
     list_of,

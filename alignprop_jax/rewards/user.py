@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from alignprop_jax.errors import UserError
+from alignprop_jax.inputs.python_files import blamed_on, run_python_file
 from alignprop_jax.loading.tokenizer import tokenize
-from alignprop_jax.python_files import blamed_on, run_python_file
 from alignprop_jax.rewards.base import Reward
 
 if TYPE_CHECKING:

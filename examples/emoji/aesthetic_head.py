@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from alignprop_jax.models.clip import CLIPModel
+from alignprop_jax.nn.clip import CLIPModel
 from alignprop_jax.rewards.aesthetic import apply_head
 from examples.emoji.degrade import degrade
 from examples.emoji.fit import BatchFn

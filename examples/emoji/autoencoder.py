@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from alignprop_jax.loading.weights import ParamTree
-from alignprop_jax.models.vae import AutoencoderKL
+from alignprop_jax.nn.vae import AutoencoderKL
 from examples.emoji.fit import BatchFn, LossFn
 from examples.emoji.pixels import to_pixel_values
 from examples.emoji.scenes import SceneSampler

@@ -11,7 +11,7 @@ import numpy as np
 from alignprop_jax.loading.pretrained import initial_params
 from alignprop_jax.loading.tokenizer import tokenize
 from alignprop_jax.loading.weights import ParamTree
-from alignprop_jax.models.clip import CLIPConfig, CLIPModel
+from alignprop_jax.nn.clip import CLIPConfig, CLIPModel
 from examples.emoji.degrade import degrade
 from examples.emoji.fit import BatchFn, LossFn, Recipe, fit
 from examples.emoji.pixels import to_pixel_values

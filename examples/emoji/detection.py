@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from alignprop_jax.loading.tokenizer import tokenize
 from alignprop_jax.loading.weights import ParamTree
-from alignprop_jax.models.owlvit import OwlViT
+from alignprop_jax.nn.owlvit import OwlViT
 from alignprop_jax.prompts.english import is_countable, plural
 from examples.emoji.fit import BatchFn, LossFn
 from examples.emoji.pixels import to_pixel_values

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignprop_jax.models.unet import UNet
+from alignprop_jax.generators.stable_diffusion.unet import UNet
 from examples.emoji.fit import BatchFn, LossFn
 
 

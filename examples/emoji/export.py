@@ -9,8 +9,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from alignprop_jax.loading.weights import save_params
-from alignprop_jax.models.clip import CLIPTextConfig
-from alignprop_jax.models.vae import VAEConfig
+from alignprop_jax.nn.clip import CLIPTextConfig
+from alignprop_jax.nn.vae import VAEConfig
 from examples.emoji.scenes import IMAGE_SIZE
 
 _NORM_GROUPS = 16

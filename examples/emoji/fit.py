@@ -16,8 +16,8 @@ import optax
 import optax.contrib
 from absl import logging
 
-from alignprop_jax.checkpoints import Checkpoints
 from alignprop_jax.devices.sharding import check_batch_size, make_mesh, over_batch, replicated
+from alignprop_jax.records.checkpoints import Checkpoints
 
 LossFn = Callable[[Any, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
 BatchFn = Callable[[np.random.Generator], Any]

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from alignprop_jax.models.vae import AutoencoderKL
+from alignprop_jax.nn.vae import AutoencoderKL
 from examples.emoji.pixels import to_pixel_values
 from examples.emoji.scenes import SceneSampler
 

@@ -16,13 +16,13 @@ from ml_collections import ConfigDict, config_flags
 
 from alignprop_jax.devices.compilation import enable_compilation_cache
 from alignprop_jax.errors import run_program
+from alignprop_jax.generators.stable_diffusion.unet import UNet, UNetConfig
 from alignprop_jax.loading.pretrained import initial_params, load_component
 from alignprop_jax.loading.tokenizer import load_tokenizer, tokenize
 from alignprop_jax.loading.weights import save_params
-from alignprop_jax.models.clip import CLIPModel, CLIPTextModel
-from alignprop_jax.models.owlvit import OwlViT, OwlViTConfig
-from alignprop_jax.models.unet import UNet, UNetConfig
-from alignprop_jax.models.vae import AutoencoderKL, VAEConfig
+from alignprop_jax.nn.clip import CLIPModel, CLIPTextModel
+from alignprop_jax.nn.owlvit import OwlViT, OwlViTConfig
+from alignprop_jax.nn.vae import AutoencoderKL, VAEConfig
 from alignprop_jax.processes.ddim import DDIMScheduler
 from examples.emoji import export
 from examples.emoji.aesthetic_head import (

@@ -11,8 +11,8 @@ from flax.traverse_util import flatten_dict
 
 from alignprop_jax.core.gate import gate_gradient
 from alignprop_jax.errors import UserError
-from alignprop_jax.loading.pretrained import load_stable_diffusion
-from alignprop_jax.models.execution import Execution
+from alignprop_jax.generators.stable_diffusion.load import load_stable_diffusion
+from alignprop_jax.nn.execution import Execution
 from alignprop_jax.processes.ddim import DDIMScheduler
 from tests.chains import make_sample
 from tests.torch_gradients import (

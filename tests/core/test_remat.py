@@ -9,8 +9,8 @@ import pytest
 from alignprop_jax.core.jaxprs import inner_jaxprs
 from alignprop_jax.core.remat import bytes_kept_of, choose_remat, device_memory
 from alignprop_jax.devices import sharding
+from alignprop_jax.generators.stable_diffusion.load import load_stable_diffusion
 from alignprop_jax.generators.stable_diffusion.prompts import encode
-from alignprop_jax.loading.pretrained import load_stable_diffusion
 from tests.chains import make_sample
 from tests.torch_gradients import random_factors
 from tests.torch_pipeline import build_torch_pipeline, build_torch_xl_pipeline

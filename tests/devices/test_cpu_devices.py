@@ -6,7 +6,7 @@ import pytest
 
 from alignprop_jax.config import default_config
 from alignprop_jax.devices.cpu_devices import num_devices
-from alignprop_jax.settings import at_a_time
+from alignprop_jax.runs.settings import at_a_time
 
 COUNT = """
 from alignprop_jax.devices import cpu_devices
@@ -64,8 +64,8 @@ import numpy as np
 from alignprop_jax.config import load_config
 from alignprop_jax.devices.cpu_devices import use_cores
 from alignprop_jax.evaluation.evaluator import make_evaluator
-from alignprop_jax.experiment import UNSEEN, load_experiment
-from alignprop_jax.settings import at_a_time
+from alignprop_jax.runs.experiment import UNSEEN, load_experiment
+from alignprop_jax.runs.settings import at_a_time
 
 config = load_config("configs/emoji.py:jpeg_compress")
 config.reward = "jpeg_compress"

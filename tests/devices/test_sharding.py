@@ -14,7 +14,7 @@ import pytest
 
 from alignprop_jax.devices import sharding
 from alignprop_jax.errors import UserError
-from alignprop_jax.models.attention_functions import attend
+from alignprop_jax.nn.attention_functions import attend
 
 COLLECTIVE = re.compile(
     r" = (.*?) (?:all-reduce|all-gather|reduce-scatter|all-to-all|collective-[a-z]+)(?:-start)?\("

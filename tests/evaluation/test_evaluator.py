@@ -9,9 +9,9 @@ from alignprop_jax.algorithms.base import PromptTable
 from alignprop_jax.config import default_config
 from alignprop_jax.devices import sharding
 from alignprop_jax.evaluation.evaluator import Evaluation, Evaluator, make_judges, summarize
-from alignprop_jax.experiment import Experiment, Split
 from alignprop_jax.rewards import Reward
 from alignprop_jax.rewards.file_size import jpeg_kilobytes
+from alignprop_jax.runs.experiment import Experiment, Split
 
 PROMPTS = [f"prompt {number}" for number in range(5)]
 

@@ -9,10 +9,10 @@ import pytest
 
 from alignprop_jax.evaluation.evaluator import Evaluator
 from alignprop_jax.evaluation.standardization import standardize_parts
-from alignprop_jax.experiment import Experiment, Split
 from alignprop_jax.records.workdir import Workdir
 from alignprop_jax.rewards import Reward
 from alignprop_jax.rewards.weighted_sum import weighted_sum
+from alignprop_jax.runs.experiment import Experiment, Split
 from tests.evaluation.test_evaluator import make_experiment
 
 WEIGHTS = {"bright": 1.0, "large": -2.0}
@@ -33,11 +33,10 @@ def evaluator() -> Evaluator:
     split = Split(plain.splits["train"].prompts, table)
     experiment = Experiment(
         mesh=plain.mesh,
-        sd=plain.sd,
+        algorithm=None,
+        chain=plain.chain,
         params={},
         reward=weighted_sum(rewards, WEIGHTS),
-        sample=plain.sample,
-        remat=plain.remat,
         splits={"train": split},
     )
     return Evaluator(experiment, jax.random.key(0), samples_per_prompt=4, batch_size=5)

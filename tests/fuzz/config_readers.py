@@ -11,16 +11,16 @@ from typing import Any
 
 import numpy as np
 
+from alignprop_jax.generators.stable_diffusion.unet import UNet, UNetConfig
 from alignprop_jax.loading.pretrained import (
     _zeroes_empty_prompts,
     abstract_params,
     resolve_model,
 )
 from alignprop_jax.loading.sources import FolderSource
-from alignprop_jax.models.clip import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
-from alignprop_jax.models.owlvit import OwlViT, OwlViTConfig
-from alignprop_jax.models.unet import UNet, UNetConfig
-from alignprop_jax.models.vae import AutoencoderKL, VAEConfig
+from alignprop_jax.nn.clip import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
+from alignprop_jax.nn.owlvit import OwlViT, OwlViTConfig
+from alignprop_jax.nn.vae import AutoencoderKL, VAEConfig
 from alignprop_jax.processes.ddim import DDIMScheduler
 from alignprop_jax.rewards.preprocess import CLIPPreprocessor, OwlPreprocessor
 from tests.fuzz.reader import Files, Reader, reader, same

@@ -13,13 +13,13 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from alignprop_jax.generators.stable_diffusion.unet import UNet, UNetConfig
 from alignprop_jax.loading.tensor_files import read_metadata
 from alignprop_jax.lora.factors import init_lora
 from alignprop_jax.lora.files import load_lora, save_lora
 from alignprop_jax.lora.kohya import save_kohya_lora
 from alignprop_jax.lora.mixing import LoraMix
 from alignprop_jax.merge import merge
-from alignprop_jax.models.unet import UNet, UNetConfig
 from tests.fuzz import strategies
 from tests.fuzz.config_readers import INDEX, TEXT, UNET, VAE, abstract, dumps
 from tests.fuzz.reader import Files, Reader, reader, same

@@ -12,14 +12,14 @@ from unittest import mock
 
 import numpy as np
 
-from alignprop_jax.checkpoints import Checkpoints, restore
-from alignprop_jax.comparison.results import gather, table
 from alignprop_jax.config import default_config, to_json
 from alignprop_jax.evaluation import standardization
 from alignprop_jax.evaluation.standardization import standardize_parts
+from alignprop_jax.records.checkpoints import Checkpoints, restore
 from alignprop_jax.records.metrics import JsonLines
 from alignprop_jax.records.summary import describe_result, judgements, seconds_of_steps
 from alignprop_jax.records.workdir import Workdir
+from alignprop_jax.trials.results import gather, table
 from tests.fuzz import strategies
 from tests.fuzz.reader import Files, Reader, reader, same
 from tests.fuzz.strategies import (

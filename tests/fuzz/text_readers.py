@@ -19,9 +19,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from alignprop_jax import errors, sample, sweep_page
-from alignprop_jax.comparison import page as comparison_page
-from alignprop_jax.comparison.methods import ABLATIONS, Method
+from alignprop_jax import errors, sample
 from alignprop_jax.config import (
     default_config,
     define_config_flag,
@@ -33,15 +31,18 @@ from alignprop_jax.config import (
 )
 from alignprop_jax.devices import distributed
 from alignprop_jax.errors import UserError
+from alignprop_jax.generators.stable_diffusion.load import open_model
 from alignprop_jax.loading.hub import HubName
-from alignprop_jax.loading.pretrained import open_model
 from alignprop_jax.lora.mixing import define_lora_flags, parse_timesteps
+from alignprop_jax.pages import comparison as comparison_page
+from alignprop_jax.pages import sweep as sweep_page
 from alignprop_jax.planning.topology import Topology
 from alignprop_jax.prompts.objects import prompt_objects
 from alignprop_jax.prompts.reading import load_prompts
-from alignprop_jax.recipes import REWARDS, SETTINGS, full_size_config
 from alignprop_jax.rewards import count, remove
 from alignprop_jax.rewards.user import load_user_reward
+from alignprop_jax.runs.recipes import REWARDS, SETTINGS, full_size_config
+from alignprop_jax.trials.methods import ABLATIONS, Method
 from tests.fuzz.reader import Files, Reader, reader, same
 from tests.fuzz.strategies import (
     ODD_TEXTS,

@@ -14,16 +14,16 @@ from typing import Any
 import jax
 import numpy as np
 
+from alignprop_jax.generators.stable_diffusion.single_file import SingleFileSource
+from alignprop_jax.generators.stable_diffusion.unet import UNet, UNetConfig
 from alignprop_jax.loading import open_clip, open_clip_names
 from alignprop_jax.loading.pretrained import resolve_model
-from alignprop_jax.loading.single_file import SingleFileSource
 from alignprop_jax.loading.tensor_files import read_metadata, read_shapes, read_tensors
 from alignprop_jax.loading.tokenizer import load_tokenizer, tokenize
 from alignprop_jax.loading.torch_file import read_pickle, read_pickle_shapes
 from alignprop_jax.loading.weights import load_params, to_state_dict
-from alignprop_jax.models.clip import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
-from alignprop_jax.models.unet import UNet, UNetConfig
-from alignprop_jax.models.vae import AutoencoderKL, VAEConfig
+from alignprop_jax.nn.clip import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
+from alignprop_jax.nn.vae import AutoencoderKL, VAEConfig
 from alignprop_jax.processes.ddim import DDIMScheduler
 from alignprop_jax.rewards.aesthetic import load_head
 from tests.fuzz import strategies

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from alignprop_jax.errors import UserError
+from alignprop_jax.generators.stable_diffusion.load import load_stable_diffusion
 from alignprop_jax.generators.stable_diffusion.prompts import encode
-from alignprop_jax.loading.pretrained import load_stable_diffusion
-from alignprop_jax.models.execution import Execution
+from alignprop_jax.nn.execution import Execution
 from tests import torch_pipeline
 from tests.chains import make_sample
 from tests.parity import QUICK_COMPILATION

@@ -11,8 +11,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from alignprop_jax.loading.pretrained import load_stable_diffusion
-from alignprop_jax.models.execution import Execution
+from alignprop_jax.generators.stable_diffusion.load import load_stable_diffusion
+from alignprop_jax.nn.execution import Execution
 
 
 def memory(key):

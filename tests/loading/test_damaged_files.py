@@ -10,9 +10,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from alignprop_jax.errors import UserError
+from alignprop_jax.generators.stable_diffusion.load import open_model
 from alignprop_jax.loading import tensor_files
 from alignprop_jax.loading.open_clip import load_open_clip
-from alignprop_jax.loading.pretrained import open_model
 from alignprop_jax.loading.tensor_files import read_shapes, read_tensors
 from alignprop_jax.loading.weights import load_params
 from alignprop_jax.rewards.aesthetic import load_head

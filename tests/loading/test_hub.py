@@ -11,8 +11,9 @@ from huggingface_hub import errors
 from huggingface_hub.utils import filter_repo_objects
 
 from alignprop_jax.errors import UserError
+from alignprop_jax.generators.stable_diffusion.load import open_model
 from alignprop_jax.loading.hub import HubName, download_file
-from alignprop_jax.loading.pretrained import open_model, resolve_model, resolve_tokenizer
+from alignprop_jax.loading.pretrained import resolve_model, resolve_tokenizer
 
 CONFIGS = (
     "model_index.json",

@@ -31,9 +31,10 @@ import pytest
 
 from alignprop_jax import errors
 from alignprop_jax.errors import UserError
-from alignprop_jax.loading import pipeline_defaults, pretrained
-from alignprop_jax.loading.pretrained import load_stable_diffusion
-from alignprop_jax.models.execution import Execution
+from alignprop_jax.generators.stable_diffusion import pipeline_defaults
+from alignprop_jax.generators.stable_diffusion.load import load_stable_diffusion
+from alignprop_jax.loading import pretrained
+from alignprop_jax.nn.execution import Execution
 from alignprop_jax.sample import sample
 from tests import torch_pipeline
 from tests.torch_pipeline import diffusers, torch

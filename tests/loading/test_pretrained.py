@@ -14,18 +14,18 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch_file
 
 from alignprop_jax.errors import UserError
+from alignprop_jax.generators.stable_diffusion.load import load_stable_diffusion
 from alignprop_jax.loading import pretrained
 from alignprop_jax.loading.pretrained import (
     abstract_params,
     load_component,
-    load_stable_diffusion,
     resolve_model,
     resolve_network,
 )
 from alignprop_jax.loading.tensor_files import read_tensors
 from alignprop_jax.loading.weights import load_params, save_params, torch_name
-from alignprop_jax.models.clip import CLIPModel
-from alignprop_jax.models.execution import Execution
+from alignprop_jax.nn.clip import CLIPModel
+from alignprop_jax.nn.execution import Execution
 from tests import torch_pipeline
 from tests.parity import params_from_torch
 from tests.torch_pipeline import torch

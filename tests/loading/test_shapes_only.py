@@ -9,11 +9,12 @@ import pytest
 from alignprop_jax.config import load_config
 from alignprop_jax.devices import sharding
 from alignprop_jax.errors import UserError
-from alignprop_jax.experiment import load_experiment
-from alignprop_jax.loading.pretrained import load_component, load_stable_diffusion, resolve_model
+from alignprop_jax.generators.stable_diffusion.load import load_stable_diffusion
+from alignprop_jax.loading.pretrained import load_component, resolve_model
 from alignprop_jax.loading.shapes_only import compute, shapes_only
-from alignprop_jax.models.clip import CLIPModel
-from alignprop_jax.models.owlvit import OwlViT
+from alignprop_jax.nn.clip import CLIPModel
+from alignprop_jax.nn.owlvit import OwlViT
+from alignprop_jax.runs.experiment import load_experiment
 
 # As the models' cards and diffusers count them.
 PARAMETERS = {

@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 
 from alignprop_jax.errors import UserError
 from alignprop_jax.generators.stable_diffusion.generator import apply_unet, encode_prompts
+from alignprop_jax.generators.stable_diffusion.load import load_stable_diffusion, open_model
+from alignprop_jax.generators.stable_diffusion.unet import UNetConfig
 from alignprop_jax.loading import hub
-from alignprop_jax.loading.pretrained import load_stable_diffusion, open_model
-from alignprop_jax.models.unet import UNetConfig
 from alignprop_jax.processes.ddim import DDIMScheduler
 from tests import torch_pipeline
 from tests.loading import ldm_checkpoint

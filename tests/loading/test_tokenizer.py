@@ -8,7 +8,7 @@ import pytest
 from alignprop_jax import errors
 from alignprop_jax.errors import UserError
 from alignprop_jax.loading.tokenizer import load_tokenizer, tokenize
-from alignprop_jax.models.clip import CLIPTextConfig
+from alignprop_jax.nn.clip import CLIPTextConfig
 
 torch_pipeline = pytest.importorskip("tests.torch_pipeline")
 

@@ -7,6 +7,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from alignprop_jax.errors import UserError
+from alignprop_jax.generators.stable_diffusion.unet import UNet, UNetConfig
 from alignprop_jax.loading.pretrained import abstract_params
 from alignprop_jax.lora.factors import (
     count_parameters,
@@ -15,9 +16,8 @@ from alignprop_jax.lora.factors import (
     mix_loras,
     scale_lora,
 )
-from alignprop_jax.models.convolution import convolve_upsampled
-from alignprop_jax.models.layers import Conv, Linear
-from alignprop_jax.models.unet import UNet, UNetConfig
+from alignprop_jax.nn.convolution import convolve_upsampled
+from alignprop_jax.nn.layers import Conv, Linear
 
 SD15 = {
     "block_out_channels": (320, 640, 1280, 1280),

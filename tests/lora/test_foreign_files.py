@@ -9,9 +9,9 @@ from safetensors.numpy import save_file
 
 from alignprop_jax import errors
 from alignprop_jax.errors import UserError
+from alignprop_jax.generators.stable_diffusion.load import load_stable_diffusion
 from alignprop_jax.generators.stable_diffusion.prompts import encode
 from alignprop_jax.loading.ldm_names import original_unet_layers
-from alignprop_jax.loading.pretrained import load_stable_diffusion
 from alignprop_jax.lora.factors import merge_lora
 from alignprop_jax.lora.files import load_lora
 from alignprop_jax.lora.mixing import LoraMix

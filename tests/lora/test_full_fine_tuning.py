@@ -9,12 +9,12 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file
 
-from alignprop_jax.checkpoints import restore
 from alignprop_jax.config import load_config, validate
 from alignprop_jax.errors import UserError
-from alignprop_jax.loading.pretrained import load_stable_diffusion
+from alignprop_jax.generators.stable_diffusion.load import load_stable_diffusion
 from alignprop_jax.loading.weights import to_state_dict
 from alignprop_jax.lora.factors import adapt, init_changes
+from alignprop_jax.records.checkpoints import restore
 from alignprop_jax.train import train
 from tests.chains import make_sample
 from tests.diffusion.test_sampling import GUIDANCE, NEGATIVE, NUM_STEPS, PROMPTS, torch_chain

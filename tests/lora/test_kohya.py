@@ -7,11 +7,11 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from alignprop_jax.errors import UserError
+from alignprop_jax.generators.stable_diffusion.unet import UNet, UNetConfig
 from alignprop_jax.loading.pretrained import abstract_params
 from alignprop_jax.lora import files
 from alignprop_jax.lora.factors import init_lora, layer_shapes, linear_shapes, scale_lora
 from alignprop_jax.lora.kohya import KOHYA_FILE, kohya_layers, save_kohya_lora
-from alignprop_jax.models.unet import UNet, UNetConfig
 from tests import torch_pipeline
 from tests.random_lora import lora_changes, randomize_lora
 

@@ -16,15 +16,16 @@ import pytest
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file
 
+from alignprop_jax.generators.stable_diffusion.load import load_stable_diffusion
 from alignprop_jax.generators.stable_diffusion.prompts import encode
-from alignprop_jax.loading.pretrained import abstract_params, load_stable_diffusion
+from alignprop_jax.generators.stable_diffusion.unet import UNet, UNetConfig
+from alignprop_jax.loading.pretrained import abstract_params
 from alignprop_jax.loading.tokenizer import tokenize
 from alignprop_jax.loading.weights import to_torch_layout
 from alignprop_jax.lora.factors import init_lora, layer_shapes, scale_lora
 from alignprop_jax.lora.files import LORA_FILE, save_lora
 from alignprop_jax.lora.kohya import KOHYA_FILE, save_kohya_lora
-from alignprop_jax.models.clip import CLIPTextConfig, CLIPTextModel
-from alignprop_jax.models.unet import UNet, UNetConfig
+from alignprop_jax.nn.clip import CLIPTextConfig, CLIPTextModel
 from tests import torch_pipeline
 from tests.chains import make_sample
 from tests.loading import ldm_checkpoint

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import pytest
 
 from alignprop_jax.core.gate import gate_gradient
+from alignprop_jax.generators.stable_diffusion.unet import UNet, UNetConfig
 from alignprop_jax.loading.pretrained import abstract_params
-from alignprop_jax.models import attention_functions, saved_names
-from alignprop_jax.models.unet import UNet, UNetConfig
+from alignprop_jax.nn import attention_functions, saved_names
 from alignprop_jax.planning.arithmetic import count
 
 SMALL = UNetConfig(

@@ -46,9 +46,9 @@ def test_a_plan_ends_with_its_numbers(numbers):
 def test_collectives_are_the_gradient_of_the_factors_and_scalars(numbers, nano_config):
     """Which are exchanged once an update, however many microbatches it has."""
     from alignprop_jax.config import load_config
-    from alignprop_jax.experiment import load_experiment
     from alignprop_jax.lora.factors import count_parameters
-    from alignprop_jax.train_steps import create_state
+    from alignprop_jax.runs.experiment import load_experiment
+    from alignprop_jax.runs.train_step import create_state
 
     config = load_config(str(nano_config))
     state = create_state(config, load_experiment(config))

@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
+from alignprop_jax.generators.stable_diffusion.load import load_stable_diffusion
 from alignprop_jax.generators.stable_diffusion.prompts import encode
-from alignprop_jax.loading.pretrained import load_stable_diffusion
 from alignprop_jax.lora.factors import init_lora, scale_lora
 from alignprop_jax.lora.files import LORA_FILE, save_lora
 from alignprop_jax.lora.kohya import KOHYA_FILE, save_kohya_lora

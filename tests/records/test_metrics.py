@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alignprop_jax.foreign_json import integer
+from alignprop_jax.inputs.foreign_json import integer
 from alignprop_jax.records.metrics import JsonLines, read_json, write_atomically, write_json
 
 STEP = {"step": integer(0, 1000)}

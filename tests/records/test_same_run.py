@@ -7,9 +7,9 @@ import pytest
 
 from alignprop_jax.config import default_config
 from alignprop_jax.errors import UserError
-from alignprop_jax.records import same_run
-from alignprop_jax.records.same_run import MAY_CHANGE, contents_of_files, refuse_another_run
 from alignprop_jax.records.workdir import Workdir
+from alignprop_jax.runs import same_run
+from alignprop_jax.runs.same_run import MAY_CHANGE, contents_of_files, refuse_another_run
 
 OTHERS = {
     "algorithm": "draft",

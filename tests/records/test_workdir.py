@@ -5,7 +5,6 @@ from PIL import Image
 from safetensors.numpy import load
 
 from alignprop_jax.config import default_config
-from alignprop_jax.evaluation.evaluator import Evaluation
 from alignprop_jax.lora.files import save_lora
 from alignprop_jax.records.workdir import Workdir
 
@@ -26,7 +25,7 @@ def test_a_workdir_in_a_bucket(bucket):
     assert again.metrics.read() == [] and not again.reward_parts.exists()
 
     images = np.arange(12, dtype=np.uint8).reshape(1, 2, 2, 3)
-    workdir.save_before({"train": Evaluation(["a cat"], {}, images)})
+    workdir.save_before({"train": images})
     shapes = {"train": images.shape}
     np.testing.assert_array_equal(workdir.load_before(shapes)["train"], images)
     workdir.save_image("grid", Image.fromarray(images[0]))
@@ -42,7 +41,7 @@ def test_a_workdir_in_a_bucket(bucket):
 def test_images_of_before_that_cannot_be_used_are_none(tmp_path, capsys):
     workdir = Workdir(tmp_path)
     images = np.zeros((3, 8, 8, 3), np.uint8)
-    workdir.save_before({"train": Evaluation(["a", "b", "c"], {}, images)})
+    workdir.save_before({"train": images})
     file = tmp_path / "images" / "before.npz"
     whole = file.read_bytes()
     assert workdir.load_before({"train": images.shape})["train"].shape == images.shape

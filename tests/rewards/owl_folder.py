@@ -4,7 +4,7 @@ import json
 import shutil
 
 from alignprop_jax.loading.pretrained import resolve_model
-from tests.models.test_owlvit import TEXT, VISION, build_peer
+from tests.nn.test_owlvit import TEXT, VISION, build_peer
 
 
 def write_owl_folder(folder, model_type="owlvit"):

@@ -15,7 +15,7 @@ from alignprop_jax.core.generator import Adapter
 from alignprop_jax.core.guidance import Guidance, classifier_free
 from alignprop_jax.errors import UserError
 from alignprop_jax.lora.factors import LoraTree, adapt
-from alignprop_jax.models.attention_functions import attend_in_blocks
+from alignprop_jax.nn.attention_functions import attend_in_blocks
 from alignprop_jax.processes.ddim import DDIMScheduler, SamplerSteps
 
 Params = dict[str, Any]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from alignprop_jax.loading.pretrained import abstract_params
-from alignprop_jax.models.vae import AutoencoderKL, VAEConfig
+from alignprop_jax.nn.vae import AutoencoderKL, VAEConfig
 from examples.emoji.autoencoder import (
     make_autoencoder_loss,
     make_decoder_loss,

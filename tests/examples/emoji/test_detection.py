@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignprop_jax.models.owlvit import Detections
+from alignprop_jax.nn.owlvit import Detections
 from examples.emoji.detection import (
     make_detection_batches,
     make_detection_loss,

@@ -10,11 +10,12 @@ from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 
 from alignprop_jax.generators.stable_diffusion.generator import encode_prompts
-from alignprop_jax.loading.pretrained import abstract_params, load_component, load_stable_diffusion
+from alignprop_jax.generators.stable_diffusion.load import load_stable_diffusion
+from alignprop_jax.generators.stable_diffusion.unet import UNet, UNetConfig
+from alignprop_jax.loading.pretrained import abstract_params, load_component
 from alignprop_jax.loading.tokenizer import load_tokenizer, tokenize
-from alignprop_jax.models.clip import CLIPConfig, CLIPModel
-from alignprop_jax.models.unet import UNet, UNetConfig
-from alignprop_jax.models.vae import AutoencoderKL, VAEConfig
+from alignprop_jax.nn.clip import CLIPConfig, CLIPModel
+from alignprop_jax.nn.vae import AutoencoderKL, VAEConfig
 from alignprop_jax.rewards.preprocess import CLIPPreprocessor
 from examples.emoji import export
 from examples.emoji.captions import caption_words

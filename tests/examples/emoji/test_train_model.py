@@ -12,9 +12,10 @@ import pytest
 import transformers
 from flax.traverse_util import flatten_dict
 
-from alignprop_jax.loading.pretrained import abstract_params, load_stable_diffusion
+from alignprop_jax.generators.stable_diffusion.load import load_stable_diffusion
+from alignprop_jax.generators.stable_diffusion.unet import UNet, UNetConfig
+from alignprop_jax.loading.pretrained import abstract_params
 from alignprop_jax.loading.tensor_files import read_safetensors
-from alignprop_jax.models.unet import UNet, UNetConfig
 from alignprop_jax.rewards import make_reward
 from examples.emoji import recipe, train_model
 from tests.synthetic_scenes import make_sprites

@@ -1,1 +1,0 @@
-"""Methods side by side: the same rewards, budget and noise, over several seeds."""

@@ -1,0 +1,1 @@
+"""What users and others give: JSON, Python files, flags."""

@@ -1,0 +1,1 @@
+"""Layers, attention and its kernels, convolution, and networks that several models share."""

@@ -1,0 +1,1 @@
+"""What a program does about signals, children, and a full disk or memory."""

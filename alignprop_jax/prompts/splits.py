@@ -1,0 +1,3 @@
+"""The two lists of prompts that a run has."""
+
+TRAIN, UNSEEN = "train", "unseen"
