@@ -1,6 +1,8 @@
 """A merged folder is what diffusers loads, and draws what we draw with the factors apart."""
 
 import json
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -160,3 +162,34 @@ def test_what_cannot_be_merged_is_refused_and_leaves_nothing(tmp_path):
         "pickled",
     ]
     assert json.loads((other / "model_index.json").read_text())
+
+
+def test_a_signal_leaves_nothing_of_a_merge(tmp_path):
+    code = """
+import sys, time
+from pathlib import Path
+from alignprop_jax.errors import run_program
+from alignprop_jax.merge import _whole_or_not_at_all
+
+def main(argv):
+    with _whole_or_not_at_all(Path(sys.orig_argv[-1])) as partial:
+        for number in range(10000):
+            (partial / f"{number}.safetensors").touch()
+            if number == 100:
+                print(flush=True)
+            time.sleep(0.001)
+
+sys.argv = sys.argv[:1]
+run_program(main)
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "merged")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    process.stdout.readline()
+    process.terminate()
+    assert process.communicate()[1] == "interrupted by SIGTERM\n"
+    assert process.returncode == 143
+    assert not list(tmp_path.iterdir())

@@ -1,6 +1,7 @@
 """Files that are there whole or not at all, also after a kill or when the power goes."""
 
 import contextlib
+import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,9 +20,10 @@ def whole_file(path: epath.PathLike) -> Iterator[BinaryIO]:
     """
     path = epath.Path(path)
     if in_bucket(path):
-        # An object appears when all of it is there.
-        with path.open("wb") as file:
-            yield file
+        # An object appears when it is closed, also after an exception.
+        content = io.BytesIO()
+        yield content
+        path.write_bytes(content.getvalue())
         return
     temporary = path.with_name(f"{path.name}.tmp")
     try:

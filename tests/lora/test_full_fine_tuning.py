@@ -17,7 +17,7 @@ from alignprop_jax.lora.factors import adapt, init_changes
 from alignprop_jax.records.checkpoints import restore
 from alignprop_jax.train import train
 from tests.chains import make_sample
-from tests.diffusion.test_sampling import GUIDANCE, NEGATIVE, NUM_STEPS, PROMPTS, torch_chain
+from tests.core.test_chain import GUIDANCE, NEGATIVE, NUM_STEPS, PROMPTS, torch_chain
 from tests.torch_gradients import assert_close_gradients, cotangent, draw_inputs
 from tests.torch_pipeline import build_torch_pipeline, torch
 

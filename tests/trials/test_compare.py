@@ -1,7 +1,11 @@
 """A comparison of runs of seconds: interrupted, resumed, gathered, and its page in Chromium."""
 
 import json
+import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +14,7 @@ from alignprop_jax.errors import UserError
 from alignprop_jax.pages.comparison import write_page
 from alignprop_jax.trials.methods import Method
 from alignprop_jax.trials.runs import Budget, Run, plan_runs
+from tests import nano_run
 from tests.chromium import open_page
 
 METHODS = ("ddpo", "draft_k")
@@ -151,3 +156,47 @@ def test_a_workdir_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="--workdir=.*file/x cannot be written .Not a directory"):
         compare(tmp_path / "file/x", "configs/emoji.py", ["aesthetic"], [], 1, Budget(8, 1))
+
+
+def has_not_ended(process):
+    try:
+        return " Z " not in Path(f"/proc/{process}/stat").read_text()
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.slow
+def test_the_run_ends_with_a_comparison_that_is_killed_or_stopped(config_file, tmp_path):
+    run = tmp_path / "runs/fast/ddpo/seed_0"
+    command = [sys.executable, "-m", "alignprop_jax.compare", f"--config={config_file}"]
+    command += ["--rewards=fast", "--method=ddpo", "--seeds=1", "--queries=80"]
+    command += ["--evaluations=1", f"--workdir={tmp_path}"]
+
+    def start_and_send(number):
+        before = len(nano_run.read_lines(run / "metrics.jsonl"))
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        while len(nano_run.read_lines(run / "metrics.jsonl")) in (0, before):
+            assert process.poll() is None
+            time.sleep(0.005)
+        child = json.loads((run / ".lock").read_text())["process"]
+        process.send_signal(number)
+        errors = process.communicate()[1]
+        end = time.monotonic() + 5
+        while has_not_ended(child):
+            # After a signal that is answered, it ends first.
+            assert number == signal.SIGKILL and time.monotonic() < end
+            time.sleep(0.01)
+        return process.returncode, errors
+
+    assert start_and_send(signal.SIGKILL)[0] == -signal.SIGKILL
+    # The lock that is left is nobody's.
+    assert start_and_send(signal.SIGTERM) == (143, "interrupted by SIGTERM\n")
+    stopped = len(nano_run.read_lines(run / "metrics.jsonl"))
+    assert f"stopped after step {stopped};" in (run / "train.log").read_text()
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert f"resumed after step {stopped}" in (run / "train.log").read_text()
+    assert [json.loads(line)["step"] for line in nano_run.read_lines(run / "metrics.jsonl")] == [
+        *range(1, 41)
+    ]
+    assert not [*tmp_path.rglob(".lock")]
