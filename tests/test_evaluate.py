@@ -63,6 +63,22 @@ def test_two_loras_in_the_program(nano_config, workdir):
         assert results["lora"].startswith(f"0.25 {workdir / 'lora'} + 0.75 {workdir / 'lora'}")
 
 
+def test_the_run_of_another_model_is_refused(config, workdir):
+    """Other prompts are what evaluation is for; another model is not that of the run's LoRA."""
+    contents = json.loads((workdir / "contents.json").read_text())
+    (workdir / "contents.json").write_text(json.dumps(contents | {"model": "0123"}))
+    config.prompts = config.eval_prompts
+    with pytest.raises(UserError, match="config.model=.* names something else than when it began"):
+        evaluate(config, workdir, NO_LORA, scorers={})
+    (workdir / "contents.json").unlink()
+    saved = json.loads((workdir / "config.json").read_text())
+    (workdir / "config.json").write_text(json.dumps(saved | {"model": "other"}))
+    with pytest.raises(UserError, match="config.model was 'other', is now"):
+        evaluate(config, workdir, NO_LORA, scorers={})
+    (workdir / "config.json").write_text(json.dumps(saved))
+    assert evaluate(config, workdir, NO_LORA, scorers={})["train"]["n"] == 2
+
+
 def test_a_workdir_without_a_lora(config, tmp_path):
     with pytest.raises(UserError, match="no LoRA in .*; train first, or give --lora=FILE"):
         evaluate(config, tmp_path / "new", NO_LORA, scorers={})

@@ -5,6 +5,7 @@ import logging
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -201,7 +202,7 @@ class Checkpoints:
         """Has the disk hold a checkpoint before it gets its name, and before others are removed."""
         if in_bucket(self._directory) or not is_main():
             return
-        for folder in self._directory.glob(f"{self._step_being_written}.*"):
+        for folder in Path(self._directory).glob(f"{self._step_being_written}.*"):
             for path in (*folder.rglob("*"), folder):
                 sync(path)
 

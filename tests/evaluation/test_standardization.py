@@ -85,6 +85,35 @@ def test_what_was_measured_is_kept_until_a_run_begins_anew(evaluator, tmp_path):
     assert not workdir.reward_parts.exists()
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "",
+        "[]",
+        '{"bright": [NaN, 1.0]}',
+        '{"bright": [null, 1.0], "large": 3}',
+        '{"large": [1, 0]}',
+    ],
+)
+def test_a_damaged_scale_is_measured_again(evaluator, tmp_path, damage):
+    workdir = Workdir(tmp_path)
+    standardize_parts(evaluator, workdir)
+    measured = workdir.reward_parts.read_text()
+    workdir.reward_parts.write_text(damage)
+    standardize_parts(evaluator, workdir)
+    assert json.loads(workdir.reward_parts.read_text()) == json.loads(measured)
+
+
+def test_a_scale_of_something_else_is_neither_used_nor_lost(evaluator, tmp_path):
+    workdir = Workdir(tmp_path)
+    scores = scores_of(standardize_parts(evaluator, workdir))
+    others = json.dumps(dict.fromkeys((*WEIGHTS, "other"), (1.0, 2.0)))
+    workdir.reward_parts.write_text(others)
+    again = standardize_parts(evaluator, workdir, is_known=lambda name: False, keep=False)
+    np.testing.assert_array_equal(scores_of(again)["reward"], scores["reward"])
+    assert workdir.reward_parts.read_text() == others
+
+
 def test_a_reward_of_one_part_is_left_alone(tmp_path):
     experiment = make_experiment()
     reward = dataclasses.replace(experiment.reward, parts={})

@@ -1,6 +1,7 @@
 """A comparison of runs of seconds: interrupted, resumed, gathered, and its page in Chromium."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -83,6 +84,43 @@ def test_curves_are_those_of_the_runs(finished):
         assert result["unseen"]["reward"]["mean"][-1] == pytest.approx(sum(finals) / 2)
         assert f"| {method} |" in table
     assert results["ddpo"]["speedup"] in (1.0, None)
+
+
+def test_a_comparison_of_other_settings_is_refused(finished, config_file):
+    file = Path(config_file)
+    before = file.read_text()
+    file.write_text(before.replace("'fast': 1e-2", "'fast': 2e-2"))
+    try:
+        with pytest.raises(
+            UserError, match="seed_0 is another one: config.train.learning_rate was"
+        ):
+            run_comparison(config_file, finished[0])
+    finally:
+        file.write_text(before)
+
+
+@pytest.mark.parametrize(
+    "name, kept, said",
+    [
+        ("eval.jsonl", 2, "eval.jsonl has no evaluation of step 4; remove"),
+        ("eval.jsonl", 0, "eval.jsonl has no evaluation of step 0; remove"),
+        ("metrics.jsonl", 3, "metrics.jsonl has 3 of 4 steps on record; remove"),
+    ],
+)
+def test_a_run_with_damaged_records_is_named(finished, config_file, tmp_path, name, kept, said):
+    workdir = shutil.copytree(finished[0], tmp_path / "comparison")
+    file = workdir / "runs" / "fast" / "ddpo" / "seed_0" / name
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:kept]))
+    with pytest.raises(UserError, match=said):
+        run_comparison(config_file, workdir)
+
+
+def test_a_picture_that_is_missing_is_blank(finished, config_file, tmp_path, capsys):
+    workdir = shutil.copytree(finished[0], tmp_path / "comparison")
+    picture = workdir / "runs" / "fast" / "ddpo" / "seed_0" / "images" / "train_after.png"
+    picture.write_bytes(picture.read_bytes()[:40])
+    run_comparison(config_file, workdir)
+    assert f"note: {picture} cannot be read" in capsys.readouterr().out
 
 
 def test_the_page_shows_what_is_chosen(browser, finished):
