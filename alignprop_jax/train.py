@@ -31,7 +31,7 @@ from alignprop_jax.errors import UserError, run_program
 from alignprop_jax.evaluation.evaluator import Evaluator, make_evaluator, make_judges
 from alignprop_jax.evaluation.standardization import standardize_parts
 from alignprop_jax.experiment import TRAIN, UNSEEN, Experiment, load_experiment
-from alignprop_jax.gradient_watch import GradientWatch
+from alignprop_jax.gradient_watch import GradientWatch, count_rest
 from alignprop_jax.lora.factors import count_parameters
 from alignprop_jax.lora.files import continue_lora
 from alignprop_jax.records.dashboards import open_dashboards
@@ -190,7 +190,8 @@ def run_steps(
       UserError: the gradient is so that nothing is trained, or a sample of an evaluation is NaN.
     """
     first_step, num_steps = int(state.step), config.train.num_steps
-    watch = GradientWatch(config, first_step)
+    rest = distributed.from_main(count_rest(config, workdir.metrics.read()))
+    watch = GradientWatch(config, rest)
     bar = progress_bar(num_steps, "training", "step", initial=first_step)
     with bar as progress, distributed.preemption_notice() as preempted:
         for step in range(first_step + 1, num_steps + 1):
