@@ -195,8 +195,10 @@ def load_config(spec: str) -> ConfigDict:
     """
     path, _, variant = spec.partition(":")
     with blamed_on(f"config file {spec!r}"):
-        module = run_python_file(path)
-        config = module.get_config(variant) if variant else module.get_config()
+        get_config = getattr(run_python_file(path), "get_config", None)
+        if not callable(get_config):
+            raise UserError("it has no function get_config")
+        config = get_config(variant) if variant else get_config()
         if type(config) is not ConfigDict:
             raise UserError(f"get_config must return a ConfigDict, not {type(config).__name__}")
         _check_keys(config)

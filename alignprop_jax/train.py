@@ -39,7 +39,7 @@ from alignprop_jax.records.summary import describe_result, seconds_of_steps, sum
 from alignprop_jax.records.workdir import Workdir
 from alignprop_jax.runs.experiment import TRAIN, UNSEEN, Experiment, load_experiment
 from alignprop_jax.runs.frozen_text import load_frozen_text
-from alignprop_jax.runs.gradient_watch import GradientWatch
+from alignprop_jax.runs.gradient_watch import GradientWatch, count_rest
 from alignprop_jax.runs.same_run import (
     changes_of_run,
     contents_of_files,
@@ -237,7 +237,8 @@ def run_steps(
       SystemExit: a signal came, to any of the processes; all of them end after the same step.
     """
     first_step, num_steps = int(state.step), config.train.num_steps
-    watch = GradientWatch(config, first_step)
+    rest = distributed.from_main(count_rest(config, workdir.metrics.read()))
+    watch = GradientWatch(config, rest)
     bar = progress_bar(num_steps, "training", "step", initial=first_step)
     with bar as progress, signals.deferred() as signal_received:
         for step in range(first_step + 1, num_steps + 1):

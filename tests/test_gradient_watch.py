@@ -7,7 +7,7 @@ import pytest
 
 from alignprop_jax.config import default_config
 from alignprop_jax.errors import UserError
-from alignprop_jax.runs.gradient_watch import MAX_FIRST_AT_REST, GradientWatch
+from alignprop_jax.runs.gradient_watch import MAX_FIRST_AT_REST, GradientWatch, count_rest
 
 
 def metrics(**changes):
@@ -56,8 +56,24 @@ def test_rest_that_is_none(steps):
     look(GradientWatch(config(), 0), steps)
 
 
-def test_a_resumed_run_has_learnt():
-    look(GradientWatch(config(), 1), [REST] * 50)
+@pytest.mark.parametrize(
+    "earlier, rest",
+    [
+        ([], 0),
+        ([REST, REST | {"start_step": 50}], 1),
+        ([REST, {}], None),
+        ([{"grad_norm": None}], None),
+    ],
+)
+def test_a_resumed_run_goes_on_to_count(earlier, rest):
+    assert count_rest(config(), [metrics(**changes) for changes in earlier]) == rest
+    watch = GradientWatch(config(), rest)
+    if rest is None:
+        look(watch, [REST] * 50)
+        return
+    look(watch, [REST] * (MAX_FIRST_AT_REST - 1 - rest))
+    with pytest.raises(UserError, match="so nothing is trained"):
+        look(watch, [REST])
 
 
 def test_a_short_run_and_one_that_trains_copies_alone():

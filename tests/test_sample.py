@@ -156,7 +156,15 @@ def test_only_so_many_prompts_are_named():
 def test_an_output_that_cannot_be_written_is_found_before_sampling(tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "folder.npy").mkdir()
-    for output in ("file", "file/images", "file/x.npy", "folder.npy", "/dev/null/x", "/proc/x"):
+    for output in (
+        "file",
+        "file/images",
+        "file/x.npy",
+        "folder.npy",
+        "/dev/null/x",
+        "/proc/x",
+        "/proc",
+    ):
         with pytest.raises(UserError, match=f"output '.*{output}' cannot be written "):
             check_output(tmp_path / output)
     check_output(tmp_path / "new/x.npy")

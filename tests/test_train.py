@@ -333,8 +333,13 @@ def test_first_steps_without_a_gradient_stop_the_run(config, tmp_path, capsys):
     config.reward = config.reward.replace("redness", "flat")
     with pytest.raises(UserError, match="exactly 0 up to step 8.*rewards.py:flat' does not change"):
         train(config, tmp_path / "run")
+    # The same command does not go on as if nothing were wrong.
+    config.train.num_steps = 20
+    with pytest.raises(UserError, match="exactly 0 up to step 10"):
+        train(config, tmp_path / "run")
+    config.train.num_steps = 8
     out = capsys.readouterr().out
-    assert out.count("note: the gradient is exactly 0 at first; the reward '") == 1
+    assert out.count("note: the gradient is exactly 0 at first; the reward '") == 2
     assert not (tmp_path / "run/summary.json").exists()
     # One that no gradient is asked of, because no step was drawn, is none of these.
     config.truncation.update({"min": 3, "max": 3})

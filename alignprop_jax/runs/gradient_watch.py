@@ -1,6 +1,7 @@
 """Stops a run whose gradient shows that no step will train anything."""
 
 import math
+from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
@@ -14,18 +15,31 @@ MAX_SKIPPED_IN_A_ROW = 10
 MAX_FIRST_AT_REST = 10
 
 
+def count_rest(config: ConfigDict, records: Sequence[Record]) -> int | None:
+    """How many steps of a run had a gradient of 0; None where any had another.
+
+    Args:
+        records: the metrics of its steps. A step that drew no step of the sampler does not count.
+    """
+    norms = [record["grad_norm"] for record in records if _trains(config, record)]
+    return None if any(norm != 0 for norm in norms) else len(norms)
+
+
+def _trains(config: ConfigDict, record: Record) -> bool:
+    return record["start_step"] < config.sampler.num_steps or config.gradient.renoise > 0
+
+
 class GradientWatch:
     """Looks at the metrics of every step.
 
     Args:
         config: of the run.
-        first_step: how many steps were made before; a run that is resumed has learnt already.
+        rest: `count_rest` of the steps before.
     """
 
-    def __init__(self, config: ConfigDict, first_step: int):
+    def __init__(self, config: ConfigDict, rest: int | None):
         self._config = config
-        self._at_rest = first_step == 0  # whether no step has had a gradient yet
-        self._steps_at_rest = 0
+        self._rest = rest
 
     def look(self, step: int, metrics: Record, checkpoints: Checkpoints) -> None:
         """Looks at one step.
@@ -41,12 +55,10 @@ class GradientWatch:
                 f"the gradient was NaN or infinite {MAX_SKIPPED_IN_A_ROW} steps in a row, up to "
                 f"step {step} ({checkpoint}); {self._why_not_finite(metrics)}"
             )
-        # A draw may train no step of the sampler.
-        trains = metrics["start_step"] < self._config.sampler.num_steps
-        if self._at_rest and (trains or self._config.gradient.renoise):
-            self._at_rest = metrics["grad_norm"] == 0
-            if self._at_rest:
-                self._stay_at_rest(step)
+        now = count_rest(self._config, [metrics])
+        self._rest = None if now is None or self._rest is None else self._rest + now
+        if self._rest:
+            self._warn_of_rest(step, self._rest)
 
     def _why_not_finite(self, metrics: Record) -> str:
         parts = {
@@ -64,14 +76,13 @@ class GradientWatch:
             "the reward is finite there: lower config.train.learning_rate, or check its derivative"
         )
 
-    def _stay_at_rest(self, step: int) -> None:
-        self._steps_at_rest += 1
+    def _warn_of_rest(self, step: int, rest: int) -> None:
         most = min(MAX_FIRST_AT_REST, self._config.train.num_steps)
         what = (
             f"the reward {self._config.reward!r} does not change with these images: it may be flat "
-            "where they lie, or worth the same for all"
+            "where they lie, worth the same for all, or too small by config.loss.scale"
         )
-        if self._steps_at_rest >= most:
+        if rest >= most:
             raise UserError(
                 f"the gradient was exactly 0 up to step {step}, so nothing is trained; {what}"
             )

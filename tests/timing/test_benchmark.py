@@ -53,3 +53,19 @@ def test_ratios_are_those_of_medians_round_by_round():
 def test_a_process_that_fails_is_named():
     with pytest.raises(UserError, match="alignprop_jax.timing.own failed: .*model"):
         benchmark([work("absent_model")], rounds=1)
+
+
+@pytest.mark.parametrize(
+    "python, message",
+    [
+        ("/absent/python", "cannot be run .No such file"),
+        ("/bin/true", "printed no result; is it Python"),
+        ("/bin/echo", "printed no result; is it Python"),
+        ("/bin/false", "failed: "),
+    ],
+)
+def test_a_peer_that_is_none(python, message, monkeypatch):
+    monkeypatch.setattr("alignprop_jax.benchmark._OWN_COMMAND", ("/bin/echo", "{}"))
+    monkeypatch.setattr(Work, "arguments", lambda self: [])
+    with pytest.raises(UserError, match=f"^{python} .*trl_peer.py {message}"):
+        benchmark([work()], 1, python)
