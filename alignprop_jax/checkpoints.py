@@ -31,7 +31,7 @@ def make_fingerprint(model: str, dtype: str, unet_params: Any, lora: Any, alpha:
         "model": model,
         "dtype": dtype,
         "model weights": digest.hexdigest()[:16],
-        "LoRA rank": sorted({leaf.shape[1] for _, leaf in down}),
+        "LoRA rank": sorted({leaf.shape[-1] for _, leaf in down}),
         "LoRA alpha": alpha,
         "LoRA targets": sorted({path[-2].key for path, _ in down}),
         "number of LoRA parameters": sum(leaf.size for _, leaf in leaves),
