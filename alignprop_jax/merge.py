@@ -30,7 +30,7 @@ from alignprop_jax.loading.weights import to_torch_layout
 from alignprop_jax.lora.factors import LoraTree
 from alignprop_jax.lora.mixing import LoraMix, define_lora_flags
 from alignprop_jax.process import signals
-from alignprop_jax.records.places import name_of, without_places
+from alignprop_jax.records.places import header_without_places, without_places
 
 _SOURCE = "source"
 _DTYPES = (_SOURCE, "float32", "float16", "bfloat16")
@@ -137,7 +137,7 @@ def _write(source: Path, files: list[Path], target: Path, changes: Changes, dtyp
         part = file.parts[0]
         if file.suffix == ".safetensors" and _is_changed(file, changes, dtype):
             tensors = dict(_merged(source / file, changes.get(part, {}), dtype))
-            header = {key: name_of(value) for key, value in read_metadata(source / file).items()}
+            header = header_without_places(read_metadata(source / file))
             write_safetensors(tensors, target / file, header)
             missing.get(part, set()).difference_update(map(_current_name, tensors), tensors)
         elif file.name.endswith("config.json") or file.name == "model_index.json":

@@ -9,6 +9,11 @@ import pytest
 
 from alignprop_jax.config import default_config
 from alignprop_jax.generators.stable_diffusion.load import adaptable_shapes
+from alignprop_jax.loading.tensor_files import (
+    read_metadata,
+    read_safetensors,
+    write_safetensors,
+)
 from alignprop_jax.lora.factors import init_lora
 from alignprop_jax.lora.files import LORA_FILE, load_lora, save_lora
 from alignprop_jax.lora.kohya import save_kohya_lora
@@ -107,10 +112,15 @@ def test_merged_folders(home, tmp_path):
         file = model / name
         said = {"_name_or_path": str(model), "special_tokens_map_file": f"{home}/map.json"}
         file.write_text(json.dumps(json.loads(file.read_text()) | said))
+    unet = model / "unet" / "diffusion_pytorch_model.safetensors"
+    entries = {"base_model": str(model), "config": json.dumps({"model": str(model)})}
+    write_safetensors(dict(read_safetensors(unet)), unet, entries)
     merge(str(model), LoraMix((str(home / "lora.safetensors"),)), tmp_path / "merged")
     assert_nothing_of_a_home(tmp_path / "merged")
     index = json.loads((tmp_path / "merged" / "model_index.json").read_text())
     assert index["_name_or_path"] == "model" and "unet" in index
+    header = read_metadata(tmp_path / "merged" / "unet" / unet.name)
+    assert header == {"format": "pt", "base_model": "model", "config": '{"model": "model"}'}
 
 
 def test_pages(home, tmp_path):

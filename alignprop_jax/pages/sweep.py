@@ -85,9 +85,9 @@ def lora_name(file: str) -> str:
     path = Path(file)
     for name in (LORA_FILE, "lora"):
         # The name of a home directory is its owner's.
-        if path.name == name and path.parent != Path.home():
+        if path.name == name and path.parent.name and path.parent != Path.home():
             path = path.parent
-    return path.name.removesuffix(".safetensors") or "LoRA"
+    return path.name.removesuffix(".safetensors")
 
 
 def _label(score: str) -> str:

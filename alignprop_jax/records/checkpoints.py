@@ -40,7 +40,7 @@ def make_fingerprint(
         "model": model,
         "dtype": dtype,
         "model weights": digest.hexdigest()[:16],
-        "LoRA rank": sorted({leaf.shape[1] for _, leaf in down}),
+        "LoRA rank": sorted({leaf.shape[-1] for _, leaf in down}),
         "LoRA alpha": alpha,
         "LoRA targets": sorted({path[-2].key for path, _ in down}),
         "number of LoRA parameters": sum(leaf.size for _, leaf in leaves),

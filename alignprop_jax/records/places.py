@@ -1,5 +1,6 @@
 """Names in place of places: what is shared says which model or file, not where it lay."""
 
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -36,6 +37,19 @@ def reward_name(reward: str | Mapping[str, float]) -> str:
     if isinstance(reward, str):
         return name_of(reward)
     return " + ".join(f"{weight:g} {name_of(name)}" for name, weight in reward.items())
+
+
+def header_without_places(header: Mapping[str, str]) -> dict[str, str]:
+    """The free entries of a file's header, those that are JSON objects too."""
+
+    def shared(text: str) -> str:
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            value = None
+        return json.dumps(without_places(value)) if isinstance(value, dict) else name_of(text)
+
+    return {key: shared(text) for key, text in header.items()}
 
 
 def without_places(value: Any) -> Any:

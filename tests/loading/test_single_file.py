@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import save_file
 
 from alignprop_jax.errors import UserError
-from alignprop_jax.generators.stable_diffusion.generator import apply_unet, encode_prompts
+from alignprop_jax.generators.stable_diffusion.generator import encode_prompts
 from alignprop_jax.generators.stable_diffusion.load import load_stable_diffusion, open_model
 from alignprop_jax.generators.stable_diffusion.unet import UNetConfig
 from alignprop_jax.loading import hub
@@ -136,7 +136,7 @@ def test_predictions_are_those_of_diffusers(family, tmp_path):
     @jax.jit(compiler_options=QUICK_COMPILATION)
     def ours(params, ids, latents):
         context = encode_prompts(sd, params, [ids])
-        return apply_unet(sd, {"params": params["unet"]}, latents, jnp.array(7), context)
+        return sd.predict(params["unet"], None, latents, sd.scheduler.at(jnp.array(7)), context)
 
     actual = ours(params, ids, latents.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
     context = parts["text_encoder"](torch.from_numpy(ids)).last_hidden_state
@@ -157,7 +157,7 @@ def test_stable_diffusion_xl_predicts_as_diffusers_does(tmp_path):
     @jax.jit(compiler_options=QUICK_COMPILATION)
     def ours(params, ids, latents):
         told = encode_prompts(sd, params, ids)
-        return apply_unet(sd, {"params": params["unet"]}, latents, jnp.array(7), told)
+        return sd.predict(params["unet"], None, latents, sd.scheduler.at(jnp.array(7)), told)
 
     actual = ours(params, ids, latents.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
     states = [
