@@ -129,14 +129,14 @@ def test_an_input_follows_from_its_seed_and_stays_what_it_is_in_a_file(name, ope
 
 
 def test_a_campaign_replaces_a_child_that_dies(tmp_path, monkeypatch):
-    """A reader that ends its process at one input, and judges the others."""
+    """A reader that ends its process at its third input, and judges the others."""
     (tmp_path / "sitecustomize.py").write_text(
         "import os, sys\n"
         "if '--child=' in ' '.join(sys.argv):\n"
         "    from tests.fuzz import oracle, reader\n"
         "    def judge(read, check, culprits=(), count=[0]):\n"
         "        count[0] += 1\n"
-        "        os._exit(3) if count[0] == 3 else None\n"
+        "        os._exit(3) if count[0] == 4 else None\n"
         "        return 'result'\n"
         "    reader.judge = judge\n"
     )

@@ -93,7 +93,9 @@ def weights_index(folder: Path) -> Reader:
     contents = {name: dumps(index)} | dict(zip(shards, map(encode, halves), strict=True))
 
     def check(value: Mapping[str, bytes], tensors: Any) -> None:
-        same(sorted(tensors), ["a", "b"], "the tensors")
+        files = json.loads(value[name].decode("utf-8-sig"))["weight_map"].values()
+        held = [key for key, shard in zip("ab", shards, strict=True) if shard in files]
+        same(sorted(tensors), held, "the tensors of the files that it lists")
 
     draw = files(mutate_json, {name: index})
     made = Files(folder, contents)
@@ -114,7 +116,8 @@ def aesthetic_head(folder: Path) -> Reader:
     def check(value: Mapping[str, bytes], layers: Any) -> None:
         total = sum(float(leaf.sum()) for layer in layers for leaf in layer.values())
         expected = strategies.read_safetensors(value["head.safetensors"]).values()
-        same(total, float(sum(tensor.astype(np.float32).sum() for tensor in expected)), "the sum")
+        said = float(sum(tensor.astype(np.float32).sum() for tensor in expected))
+        np.testing.assert_allclose(total, said, rtol=1e-5)
 
     return contents.reader(draw, lambda f: load_head(f / "head.safetensors"), check)
 
@@ -324,7 +327,11 @@ def pickle_file(folder: Path) -> Reader:
         same({name: x.shape for name, x in tensors.items()}, shapes, "the shapes")
         assert all(type(name) is str for name in tensors), "a name that is no text"
         assert all(x.dtype == np.float32 for x in tensors.values()), "another type"
-        peer = torch.load(io.BytesIO(value["model.ckpt"]), weights_only=True)
+        try:
+            peer = torch.load(io.BytesIO(value["model.ckpt"]), weights_only=True)
+        except RuntimeError:
+            # It is stricter about an archive's other bytes; the tensors may be whole.
+            peer = state
         peer = peer.get("state_dict", peer)
         for name, tensor in tensors.items():
             np.testing.assert_array_equal(tensor, peer[name].detach().float().numpy())

@@ -102,6 +102,13 @@ def test_suppression_is_one_pair_at_a_time():
     assert np.asarray(_suppress_overlapping(boxes)).tolist() == [True, False, True, True]
 
 
+def test_no_more_is_counted_than_can_be_found(detector):
+    reward = make_reward("count", None, {"count": {"detector": str(detector[0])}})
+    assert reward.prepare(["64 dogs"])["numbers"] == 64
+    with pytest.raises(UserError, match="'65 dogs' asks for 65 dogs; at most 64"):
+        reward.prepare(["a cat", "65 dogs"])
+
+
 def test_a_number_for_every_prompt(detector):
     reward = make_reward("count", None, {"count": {"detector": str(detector[0]), "number": 4}})
     np.testing.assert_array_equal(reward.prepare(["the cats", "a dog"])["numbers"], [[4], [4]])
