@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from alignprop_jax.generators.stable_diffusion.pipeline_defaults import read_model_index
 from alignprop_jax.generators.stable_diffusion.unet import UNet, UNetConfig
 from alignprop_jax.loading.pretrained import (
-    _zeroes_empty_prompts,
     abstract_params,
     resolve_model,
 )
@@ -244,7 +244,9 @@ def model_index(folder: Path) -> Reader:
     contents = Files(folder, {"model_index.json": dumps(document)})
 
     def read(folder: Path) -> Any:
-        return FolderSource(folder).config("model_index", _zeroes_empty_prompts)
+        return FolderSource(folder).config(
+            "model_index", functools.partial(read_model_index, is_xl=True)
+        )
 
     def check(value: Mapping[str, bytes], result: Any) -> None:
         assert type(result) is bool, repr(result)
