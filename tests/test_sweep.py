@@ -2,17 +2,20 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
 from alignprop_jax.config import default_config, load_config
 from alignprop_jax.errors import UserError
 from alignprop_jax.evaluate import evaluate
-from alignprop_jax.lora.files import LORA_FILE
+from alignprop_jax.loading.pretrained import adaptable_shapes
+from alignprop_jax.lora.factors import ATTENTION_PROJECTIONS, init_lora
+from alignprop_jax.lora.files import LORA_FILE, save_parts
 from alignprop_jax.lora.mixing import LoraMix
 from alignprop_jax.sweep import add_rewards, default_ranges, sweep
 from tests import nano_run
-from tests.random_lora import save_random_lora
+from tests.random_lora import randomize_lora, save_random_lora
 
 BRIGHTNESS = """
 def brightness(images, prompts):
@@ -64,8 +67,17 @@ def test_every_point_scores_what_evaluate_does(nano_config, files, tmp_path):
     assert page.count("data:image/webp;base64,") == 6
 
 
-def test_one_lora_is_set_against_the_base_model(nano_config, files, tmp_path):
+def test_one_lora_is_set_against_the_base_model(nano_config, tmp_path):
+    """One that adapts the text encoder, too."""
     config = load_config(str(nano_config))
+    shapes = adaptable_shapes(config.model)
+    targets = {"unet": ATTENTION_PROJECTIONS, "text_encoder": ("q_proj", "fc1", "fc2")}
+    parts = {
+        part: randomize_lora(init_lora(jax.random.key(0), shapes[part], 2, of_part), size=0.8)
+        for part, of_part in targets.items()
+    }
+    save_parts(tmp_path / "lora.safetensors", parts)
+    files = [str(tmp_path / "lora.safetensors")]
     settings = {"points": 2, "ranges": [(1000, 0)], "scorers": {}}
     records = sweep(config, tmp_path / "sweep", files[:1], **settings)
     expected = [
