@@ -9,7 +9,7 @@ import pytest
 from alignprop_jax.config import default_config, load_config
 from alignprop_jax.errors import UserError
 from alignprop_jax.evaluate import evaluate
-from alignprop_jax.loading.pretrained import adaptable_shapes
+from alignprop_jax.generators.stable_diffusion.load import adaptable_shapes
 from alignprop_jax.lora.factors import ATTENTION_PROJECTIONS, init_lora
 from alignprop_jax.lora.files import LORA_FILE, save_parts
 from alignprop_jax.lora.mixing import LoraMix

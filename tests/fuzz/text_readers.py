@@ -25,7 +25,6 @@ from alignprop_jax.config import (
     define_config_flag,
     gradient_path,
     load_config,
-    lora_scale,
     to_json,
     validate,
 )
@@ -42,6 +41,7 @@ from alignprop_jax.prompts.reading import load_prompts
 from alignprop_jax.rewards import count, remove
 from alignprop_jax.rewards.user import load_user_reward
 from alignprop_jax.runs.recipes import REWARDS, SETTINGS, full_size_config
+from alignprop_jax.runs.settings import adaptation_of
 from alignprop_jax.trials.methods import ABLATIONS, Method
 from tests.fuzz.reader import Files, Reader, reader, same
 from tests.fuzz.strategies import (
@@ -94,7 +94,7 @@ def check_config(config: Any) -> None:
             assert math.isfinite(value) and abs(value) < 2**63, f"{key} is {value}"
     strict = json.loads(to_json(config), parse_constant=_refuse)
     same(set(leaves(strict)), set(_LEAVES), "keys of config.json")
-    assert math.isfinite(lora_scale(config))
+    assert math.isfinite(getattr(adaptation_of(config), "scale", 1.0))
     gradient_path(config)
 
 
