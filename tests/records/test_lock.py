@@ -12,7 +12,6 @@ import fsspec
 import pytest
 
 from alignprop_jax.compare import compare
-from alignprop_jax.comparison.runs import Budget
 from alignprop_jax.config import load_config
 from alignprop_jax.devices import distributed
 from alignprop_jax.errors import UserError
@@ -22,6 +21,7 @@ from alignprop_jax.records import lock
 from alignprop_jax.records.lock import FileLock, ObjectLock, locked, open_lock
 from alignprop_jax.sweep import sweep
 from alignprop_jax.train import train
+from alignprop_jax.trials.runs import Budget
 from tests import nano_run
 
 BUDGET = Budget(queries=1000, evaluations=1)
