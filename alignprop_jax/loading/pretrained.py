@@ -82,6 +82,129 @@ def locate_model(
     return download(name), name.variant
 
 
+<<<<<<< HEAD
+=======
+def load_stable_diffusion(
+    model: str | Path,
+    execution: Execution = _IN_FLOAT32,
+    image_size: tuple[int, int] = (0, 0),
+    shardings_of: Callable[[ParamTree], Any] | None = None,
+) -> tuple[StableDiffusion, dict[str, ParamTree], list[Any]]:
+    """Loads a Stable Diffusion 1.x, 2.x or XL pipeline.
+
+    Args:
+        model: as for `open_model`.
+        execution: how the modules are computed; its dtype is that of their weights too. The
+            autoencoder of a Stable Diffusion XL has float32 where its file asks for that: its
+            activations need the precision.
+        image_size: height and width of the images in pixels; 0 for those of the model.
+        shardings_of: tells from the shapes of the unet's or the vae's weights how they lie on the
+            devices; they are read straight to there. The text encoders', which are soon not needed
+            any more, lie on the first device, and so do all when it is None.
+
+    Returns:
+        The modules with the scheduler; their weights by component ("unet", "vae", "text_encoder"
+        and, of a Stable Diffusion XL, "text_encoder_2"); and a tokenizer for each text encoder.
+
+    Raises:
+        UserError: a component is missing, not supported or damaged. The message names it.
+    """
+    source = open_model(model)
+    is_xl = source.has("text_encoder_2")
+    unet = UNet(source.config("unet", UNetConfig.from_dict), execution)
+    vae_config = source.config("vae", VAEConfig.from_dict)
+    in_float32 = dataclasses.replace(execution, dtype=jnp.dtype("float32"))
+    vae_execution = in_float32 if is_xl and vae_config.force_upcast else execution
+    modules = {
+        "unet": unet,
+        "vae": AutoencoderKL(vae_config, vae_execution),
+        "text_encoder": CLIPTextModel(
+            source.config("text_encoder", CLIPTextConfig.from_dict), execution
+        ),
+    }
+    if is_xl:
+        modules["text_encoder_2"] = CLIPTextModelWithProjection(
+            source.config("text_encoder_2", CLIPTextConfig.from_dict), execution
+        )
+    scheduler = source.config("scheduler", DDIMScheduler.from_config)
+    text_encoders = tuple(modules[name] for name in TEXT_ENCODERS if name in modules)
+    _check_channels(source, unet.config, vae_config)
+    _check_conditioning(source, unet.config, [encoder.config for encoder in text_encoders])
+    sd = StableDiffusion(
+        unet,
+        modules["vae"],
+        text_encoders,
+        scheduler,
+        image_size,
+        is_xl and source.config("model_index", _zeroes_empty_prompts),
+    )
+    tokenizers = [source.tokenizer("tokenizer")]
+    if is_xl:
+        tokenizers.append(source.tokenizer("tokenizer_2"))
+    params = {}
+    for name, module in modules.items():
+        abstract = abstract_params(module)
+        if shardings_of is not None and name not in TEXT_ENCODERS:
+            abstract = jax.tree.map(
+                lambda leaf, sharding: leaf.update(sharding=sharding),
+                abstract,
+                shardings_of(abstract),
+            )
+        params[name] = source.params(name, abstract, module.dtype)
+    return sd, params, tokenizers
+
+
+def adaptable_shapes(model: str | Path) -> dict[str, ParamTree]:
+    """The shapes of the parts of a pipeline that a LoRA may adapt: UNet and text encoders.
+
+    Args:
+        model: as for `open_model`.
+
+    Raises:
+        UserError: as `load_stable_diffusion`.
+    """
+    source = open_model(model)
+    unet = UNet(source.config("unet", UNetConfig.from_dict))
+    encoders = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+    modules = {
+        name: module(source.config(name, CLIPTextConfig.from_dict))
+        for name, module in encoders.items()
+        if source.has(name)
+    }
+    return {name: abstract_params(module) for name, module in {"unet": unet, **modules}.items()}
+
+
+def _check_channels(source: ModelSource, unet: UNetConfig, vae: VAEConfig) -> None:
+    if unet.in_channels != vae.latent_channels:
+        raise UserError(
+            f"{source}: the unet takes {unet.in_channels} channels, the vae's latents have "
+            f"{vae.latent_channels}; models for inpainting and other conditions than text are not "
+            "supported"
+        )
+
+
+def _check_conditioning(
+    source: ModelSource, unet: UNetConfig, text_encoders: Sequence[CLIPTextConfig]
+) -> None:
+    width = sum(config.hidden_size for config in text_encoders)
+    if unet.context_dim != width:
+        raise UserError(
+            f"{source}: the unet attends to vectors of size {unet.context_dim}, "
+            f"the text encoders give {width}"
+        )
+    pooled = text_encoders[1].projection_dim if len(text_encoders) > 1 else 0
+    if unet.pooled_dim != pooled:
+        raise UserError(
+            f"{source}: the unet takes a pooled text of size {unet.pooled_dim}, "
+            f"text_encoder_2 gives {pooled}"
+        )
+
+
+def _zeroes_empty_prompts(model_index: Mapping[str, Any]) -> bool:
+    return model_index.get("force_zeros_for_empty_prompt", True)
+
+
+>>>>>>> refs/heads/lora
 def resolve_network(model: str | Path, emoji_part: str) -> Path:
     """The local folder of one network of transformers, as `resolve_model` finds it.
 
