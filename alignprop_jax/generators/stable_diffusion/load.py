@@ -132,7 +132,7 @@ def adaptable_shapes(model: str | Path) -> dict[str, ParamTree]:
     modules = {
         name: module(source.config(name, CLIPTextConfig.from_dict))
         for name, module in encoders.items()
-        if name == "text_encoder" or source.has(name)
+        if source.has(name)
     }
     return {name: abstract_params(module) for name, module in {"unet": unet, **modules}.items()}
 
