@@ -1,8 +1,11 @@
 """The error a user can cure, what a user should know, and how every program says both."""
 
 import functools
+import os
+import stat
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from absl import app, flags, logging
 
@@ -18,6 +21,22 @@ def note(message: str) -> None:
     It goes to the standard output, as all that the main process says for the others.
     """
     print(f"note: {' '.join(message.split())}", flush=True)
+
+
+def require_file(path: str | Path) -> None:
+    """Raises UserError where there is no file that can be read.
+
+    A folder is none, and neither is a pipe or a device, whose end may never come.
+    """
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise UserError(f"{path}: a file belongs here, and this is none")
+        open(path, "rb").close()
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be read ({reason})") from error
 
 
 def run_program(main: Callable[[list[str]], None]) -> None:

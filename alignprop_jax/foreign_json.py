@@ -14,11 +14,11 @@ diffusers and transformers.
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from alignprop_jax.errors import UserError
+from alignprop_jax.errors import UserError, require_file
 
 # More than an index of a thousand files of weights has, or a tokenizer.
 _MAX_BYTES = 64 * 2**20
@@ -171,10 +171,19 @@ def read_fields(config: Mapping[str, Any], schema: Schema, prefix: str = "") -> 
         try:
             values[key] = field.parse(config[key])
         except (TypeError, ValueError, OverflowError) as error:
-            raise UserError(
-                f"{prefix}{key}={shorten(config[key])} is not supported; it must be {field.allowed}"
-            ) from error
+            raise refused(prefix + key, config[key], field.allowed) from error
     return values
+
+
+def refused(key: str, value: Any, allowed: str) -> UserError:
+    """What is raised for a value that is not as `allowed` says in words."""
+    return UserError(f"{key}={shorten(value)} is not supported; it must be {allowed}")
+
+
+def check_divisible(key: str, values: Sequence[int], by: str, divisor: int) -> None:
+    """Raises UserError where `divisor`, the value of the key `by`, does not divide the values."""
+    if any(value % divisor for value in values):
+        raise refused(key, values, f"divisible by {by}={divisor}")
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -184,6 +193,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
         UserError: the file is absent, cannot be read, is larger than 64 MiB, or holds no JSON
             object. The message names the file.
     """
+    require_file(path)
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise UserError(f"{path}: larger than {_MAX_BYTES >> 20} MiB, so not what it should be")
@@ -197,6 +207,15 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path}: holds {shorten(value)}, where a JSON object belongs")
     return value
+
+
+def read_json_fields(path: Path, schema: Schema) -> dict[str, Any]:
+    """What `read_fields` makes of the object that a file holds; its errors name the file."""
+    config = read_json_object(path)
+    try:
+        return read_fields(config, schema)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def shorten(value: Any) -> str:

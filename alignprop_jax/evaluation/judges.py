@@ -247,8 +247,8 @@ def reward_scorer(reward: Reward, prompts: Sequence[str] = ()) -> Scorer:
 
 
 def _embedding_scorer(clip: Path) -> Scorer:
-    preprocess = CLIPPreprocessor.from_folder(clip)
     model, params = load_component(CLIPModel, clip)
+    preprocess = CLIPPreprocessor.from_folder(clip, model.config.vision.image_size)
 
     @jax.jit
     def embed(params, images):

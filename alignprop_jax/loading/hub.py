@@ -58,9 +58,10 @@ class HubName:
 def download_model(name: HubName) -> Path:
     """Downloads (once) the configs, the tokenizers and the weights of a model.
 
-    Of several kinds of weights the first that the model has is taken: safetensors before pickles,
-    those of no variant before those of the variant fp16, unless the name has a variant. Where
-    shapes stand for weights, none is downloaded.
+    Of several kinds of weights the first that a part has is taken: safetensors before pickles,
+    those of no variant before those of the variant fp16. Where the name has a variant, its weights
+    come first, and a part without them has others if another part has them. Where shapes stand for
+    weights, none is downloaded.
 
     Returns:
         The folder. It lacks weights where the model has none that can be read here.
@@ -70,17 +71,24 @@ def download_model(name: HubName) -> Path:
     """
     if shapes_only.active():
         return shapes_only.published_folder(name.repo) or _download_files(name, _CONFIG_PATTERNS)
-    variants = (name.variant,) if name.variant else (None, "fp16")
     kinds = (SAFETENSORS, PICKLES) if has_pytorch() else (SAFETENSORS,)
-    for kind in kinds:
-        for variant in variants:
-            weights = weights_patterns(_FOLDERS, kind, variant)
-            folder = _download_files(name, [*_CONFIG_PATTERNS, *weights])
-            parts = [part for part in _FOLDERS if (folder / part / "config.json").is_file()]
-            # Beside a pipeline's folders a config.json belongs to no weights.
-            parts = parts[:-1] if len(parts) > 1 and not parts[-1] else parts
-            if parts and all(find_weights(folder / part, name.variant) for part in parts):
-                return folder
+    order = [(kind, variant) for kind in kinds for variant in (None, "fp16")]
+    if name.variant:
+        order = [(kind, name.variant) for kind in kinds] + order
+    folder, parts, missing = Path(), _FOLDERS, _FOLDERS
+    for kind, variant in order:
+        if name.variant not in (None, variant) and len(missing) == len(parts):
+            break  # no part has the variant that was asked for
+        weights = weights_patterns(missing, kind, variant)
+        folder = _download_files(name, [*_CONFIG_PATTERNS, *weights])
+        parts = [part for part in _FOLDERS if (folder / part / "config.json").is_file()]
+        # Beside a pipeline's folders a config.json belongs to no weights.
+        parts = parts[:-1] if len(parts) > 1 and not parts[-1] else parts
+        missing = [
+            part for part in parts if part in missing and not find_weights(folder / part, variant)
+        ]
+        if not missing:
+            break
     return folder
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,13 +51,13 @@ def open_model(model: str | Path) -> ModelSource:
         model: a diffusers folder, a single-file checkpoint, `emoji` for the model in the package,
             or on the Hugging Face hub OWNER/NAME[@REVISION] or OWNER/NAME[@REVISION]/FILE, which
             is downloaded (once). A folder or a hub id may end in :VARIANT of its weights, such as
-            :fp16.
+            :fp16; a part that has none of it is read without.
 
     Raises:
         UserError: there is no such model, or it cannot be had.
     """
     path, variant = _locate(model, hub.download_model)
-    return SingleFileSource(path) if path.is_file() else FolderSource(path, variant)
+    return SingleFileSource(path) if os.path.isfile(path) else FolderSource(path, variant)
 
 
 def resolve_model(
@@ -72,7 +73,7 @@ def resolve_model(
         UserError: there is no such model, or it cannot be had.
     """
     path, _ = _locate(model, download)
-    if path.is_file():
+    if os.path.isfile(path):
         raise UserError(f"{model}: a folder is needed here, and this is a file")
     return path
 
@@ -86,11 +87,12 @@ def _locate(model: str | Path, download: Callable[[hub.HubName], Path]) -> tuple
                 f"{folder}: the model of the package is missing; install the package again"
             )
         return folder, None
-    path = Path(model).expanduser()
-    if path.exists():
+    # Of a name that is too long, or of nobody's home, these say no where Path raises.
+    path = Path(os.path.expanduser(model))
+    if os.path.exists(path):
         return path, None
     before, _, variant = str(path).rpartition(":")
-    if before and Path(before).is_dir():
+    if variant and os.path.isdir(before):
         return Path(before), variant
     name = hub.HubName.parse(str(model))
     # A path that is mistyped may look like a hub id, whose last part is a file where it ends so.
@@ -188,6 +190,11 @@ def _check_channels(source: ModelSource, unet: UNetConfig, vae: VAEConfig) -> No
             f"{source}: the unet takes {unet.in_channels} channels, the vae's latents have "
             f"{vae.latent_channels}; models for inpainting and other conditions than text are not "
             "supported"
+        )
+    if unet.out_channels != unet.in_channels:
+        raise UserError(
+            f"{source}: the unet gives {unet.out_channels} channels for {unet.in_channels}; models "
+            "that predict a variance are not supported"
         )
 
 

@@ -1,11 +1,12 @@
 """Where the parts of a model come from: a folder of diffusers or of transformers."""
 
-import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from alignprop_jax.errors import UserError
+from alignprop_jax.errors import UserError, note
+from alignprop_jax.foreign_json import read_json_object
 from alignprop_jax.loading import shapes_only
 from alignprop_jax.loading.tokenizer import load_tokenizer
 from alignprop_jax.loading.torch_file import EXTRA
@@ -53,7 +54,10 @@ class FolderSource:
     """A pipeline in diffusers' layout; or a model alone, whose component is called ""."""
 
     def __init__(self, folder: Path, variant: str | None = None):
-        """See `weights_files.find_weights` for the variant."""
+        """See `weights_files.find_weights` for the variant.
+
+        A part that has no weights of the variant is read without it if another part has some.
+        """
         self._folder = folder
         self._variant = variant
 
@@ -61,28 +65,24 @@ class FolderSource:
         return str(self._folder)
 
     def has(self, component: str) -> bool:
-        return (self._folder / _CONFIG_FILES.get(component, component)).exists()
+        return os.path.exists(self._folder / _CONFIG_FILES.get(component, component))
 
     def config(self, component: str, parse: Callable[[Mapping[str, Any]], T]) -> T:
         file = self._folder / _CONFIG_FILES.get(component, Path(component, "config.json"))
         folder = file.parent
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise UserError(f"{folder.parent}: no folder {folder.name}, so not a whole model")
-        try:
-            config = json.loads(file.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise UserError(f"{file}: no such file, so {folder} is no model folder") from error
-        except (OSError, ValueError) as error:
-            raise UserError(f"{file}: cannot be read as a JSON object ({error})") from error
-        if not isinstance(config, dict):
-            raise UserError(f"{file}: cannot be read as a JSON object")
-        return parse_config(config, parse, file)
+        return parse_config(read_json_object(file), parse, file)
 
     def params(self, component: str, abstract: ParamTree, dtype: Any) -> ParamTree:
         if shapes_only.active():
             return shapes_only.shapes(abstract, dtype)
         folder = self._folder / component
         file = find_weights(folder, self._variant)
+        if file is None and self._has_variant():
+            file = find_weights(folder)
+            if file is not None:
+                note(f"{folder}: no weights of the variant {self._variant}; {file.name} is read")
         if file is None:
             variant = f" of the variant {self._variant}" if self._variant else ""
             raise UserError(
@@ -95,6 +95,12 @@ class FolderSource:
         encoder = component.replace("tokenizer", "text_encoder")
         return load_tokenizer(
             self._folder / component, self.config(encoder, CLIPTextConfig.from_dict)
+        )
+
+    def _has_variant(self) -> bool:
+        """Whether any part has weights of the variant that was asked for."""
+        return bool(self._variant) and any(
+            find_weights(part, self._variant) for part in self._folder.glob("*")
         )
 
 

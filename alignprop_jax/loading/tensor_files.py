@@ -1,7 +1,7 @@
 """Files of named tensors: safetensors, several that an index binds together, and pickles."""
 
 import contextlib
-import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,9 +12,29 @@ from etils import epath
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save, save_file
 
-from alignprop_jax.errors import UserError
+from alignprop_jax.errors import UserError, require_file
+from alignprop_jax.foreign_json import Field, mapping_of, read_json_fields
 from alignprop_jax.loading.buckets import in_bucket
 from alignprop_jax.loading.torch_file import read_pickle, read_pickle_shapes
+
+# More than any model or LoRA has: of a file with more the header alone takes minutes to read, and
+# of a tensor with more no sound file is made.
+_MAX_TENSORS = 50_000
+_MAX_ELEMENTS = 2**30
+
+
+def _file_beside(name: Any) -> str:
+    if Path(name).name != name or not name.endswith((".safetensors", ".bin")):
+        raise ValueError
+    return name
+
+
+_INDEX = {
+    "weight_map": mapping_of(
+        Field(_file_beside, "the name of a .safetensors or .bin file in the same folder"),
+        most=_MAX_TENSORS,
+    )
+}
 
 
 def write_safetensors(
@@ -84,18 +104,19 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 def _shards(path: Path) -> list[Path]:
     if path.suffix != ".json":
         return [path]
-    try:
-        names = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(
-            f"{path}: cannot be read as an index of files of weights ({error})"
-        ) from error
+    names = read_json_fields(path, _INDEX)["weight_map"].values()
     return [path.with_name(name) for name in sorted(set(names))]
 
 
 def _get_tensor(file: Any, name: str, path: str | Path) -> np.ndarray:
+    shape = file.get_slice(name).get_shape()
+    # Before memory is taken for it: a file of holes may well be as long as its header says.
+    if math.prod(shape) > _MAX_ELEMENTS:
+        raise UserError(f"{path}: tensor {name} of shape {shape} is larger than any model's")
     try:
         return file.get_tensor(name)
+    except ValueError as error:  # of an array that numpy cannot make
+        raise UserError(f"{path}: tensor {name} of shape {shape} cannot be read") from error
     except AttributeError as error:  # numpy has no such type
         stored = file.get_slice(name).get_dtype()
         raise UserError(
@@ -106,12 +127,13 @@ def _get_tensor(file: Any, name: str, path: str | Path) -> np.ndarray:
 
 @contextlib.contextmanager
 def _open(path: str | Path) -> Iterator[Any]:
+    require_file(path)
     try:
         # Pages of a mapped file would stay in memory beside the arrays made of them.
         with safe_open(path, framework="numpy", backend="pread") as file:
+            if len(file.keys()) > _MAX_TENSORS:
+                raise UserError(f"{path}: holds more than {_MAX_TENSORS} tensors")
             yield file
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file") from error
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{path}: truncated, or not a safetensors file ({error}); fetch or convert it again"

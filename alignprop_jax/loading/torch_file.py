@@ -1,6 +1,7 @@
 """Checkpoints that only exist as PyTorch pickles, read without running what is in them."""
 
 import importlib.util
+import mmap
 import pickle
 import zipfile
 from collections.abc import Iterator
@@ -9,13 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from alignprop_jax.errors import UserError
+from alignprop_jax.errors import UserError, require_file
 
 EXTRA = "pip install 'alignprop_jax[pickle]'"
 
 # A class that the trainer of the original Stable Diffusions left in their checkpoints, where it is
 # the key of a dict. An empty class stands in for it.
 _TRAINER_CLASS = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
+# The one function that PyTorch's loader calls with whatever size a file asks for.
+_BYTES = b"bytearray"
 
 
 def has_pytorch() -> bool:
@@ -24,7 +27,7 @@ def has_pytorch() -> bool:
 
 
 def read_pickle(path: str | Path, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
-    """Yields names and float32 arrays of a state dict by `torch.save`, one by one.
+    """Yields names and arrays of a state dict by `torch.save`, one by one, floats as float32.
 
     The state dict may stand under the key "state_dict", as training scripts write it. Pickles need
     PyTorch, whose `weights_only` loader refuses everything but tensors and plain containers.
@@ -41,8 +44,9 @@ def read_pickle(path: str | Path, prefix: str = "") -> Iterator[tuple[str, np.nd
 
     for name, tensor in tensors.items():
         if name.startswith(prefix):
+            dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
             # A copy: pages of the file may be behind the tensor.
-            yield name, tensor.detach().to(torch.float32, copy=True).numpy()
+            yield name, tensor.detach().to(dtype, copy=True).numpy()
 
 
 def read_pickle_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
@@ -60,17 +64,25 @@ def read_pickle_step(path: str | Path) -> Any:
 
 def _load(path: str | Path) -> dict[str, Any]:
     state = _unpickle(path)
+    import torch
+
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if isinstance(state, dict) and type(state.get("global_step")) is int:
         state = {name: value for name, value in state.items() if name != "global_step"}
-    if not isinstance(state, dict) or not all(hasattr(leaf, "numpy") for leaf in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(leaf, torch.Tensor) for name, leaf in state.items()
+    ):
         raise UserError(f"{path}: holds no state dict, a mapping of names to tensors")
+    for name, tensor in state.items():
+        if not _is_plain(tensor):
+            raise UserError(
+                f"{path}: tensor {name} is no plain array of real numbers that the file holds whole"
+            )
     return state
 
 
 def _unpickle(path: str | Path) -> Any:
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file")
+    require_file(path)
     try:
         import torch
     except ImportError as error:
@@ -80,11 +92,11 @@ def _unpickle(path: str | Path) -> Any:
         ) from error
     stand_in = (type("TrainerClass", (), {}), _TRAINER_CLASS)
     try:
+        # Before version 1.6 PyTorch wrote another format, which cannot be mapped.
+        mapped = zipfile.is_zipfile(path)
+        _refuse_bombs(path, mapped)
         with torch.serialization.safe_globals([stand_in]):
-            # Before version 1.6 PyTorch wrote another format, which cannot be mapped.
-            return torch.load(
-                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-            )
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         # The loader's own message advises to run what is in the file.
         raise UserError(
@@ -92,5 +104,38 @@ def _unpickle(path: str | Path) -> Any:
             "tensors and plain containers; convert it to safetensors where you trust it"
         ) from error
     except Exception as error:  # the unpickler raises whatever a damaged file makes it
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: cannot be read as a checkpoint of PyTorch ({reason})") from error
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise UserError(
+            f"{path}: cannot be read as a checkpoint of PyTorch ({reason}); fetch it again"
+        ) from error
+
+
+def _refuse_bombs(path: str | Path, zipped: bool) -> None:
+    """Raises ValueError for what takes more memory than the file is long, as no checkpoint does."""
+    if not zipped:
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as content:
+            creates_bytes = content.find(_BYTES) >= 0
+    else:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            if any(
+                entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size
+                for entry in entries
+            ):
+                raise ValueError("it is compressed, which PyTorch's own files are not")
+            pickles = (entry for entry in entries if entry.filename.endswith(".pkl"))
+            creates_bytes = any(_BYTES in archive.read(entry) for entry in pickles)
+    if creates_bytes:
+        raise ValueError("it creates arrays of bytes, which no state dict holds")
+
+
+def _is_plain(tensor: Any) -> bool:
+    """Whether it is an array in memory: not sparse, not one number that stands for a million."""
+    import torch
+
+    return (
+        tensor.layout == torch.strided
+        and tensor.device.type == "cpu"
+        and not (tensor.is_nested or tensor.is_quantized or tensor.is_complex())
+        and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+    )

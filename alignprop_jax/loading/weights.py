@@ -7,6 +7,7 @@ tree joined by dots, the leaf renamed to `weight`. Weights of `stacked_layers` a
 
 import math
 import os
+import re
 import threading
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Sharding
 
-from alignprop_jax.errors import UserError
+from alignprop_jax.errors import UserError, note
 from alignprop_jax.loading.tensor_files import read_tensors, write_safetensors
 from alignprop_jax.models.stacked_layers import is_stacked, single_layers
 
@@ -41,6 +43,10 @@ _OTHER_NAMES = (
     (".value.", ".to_v."),
     (".proj_attn.", ".to_out.0."),
 )
+_TEXT_LAYER = re.compile(r"(text_model\.encoder\.layers\.)(\d+)(\..+)")
+# Which bits of a number are all set in one that is not finite. Looking at them takes a tenth of the
+# time that numpy's isfinite takes of bfloat16.
+_EXPONENT = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F80_0000}
 
 
 def torch_name(path: Sequence[str]) -> str:
@@ -114,8 +120,9 @@ def load_params(abstract: ParamTree, path: str | Path, dtype: Any = np.float32) 
         A tree of jax arrays, shaped as `abstract`.
 
     Raises:
-        UserError: as for `read_tensors`; or a tensor is missing, unexpected or of another shape.
-            The message names the tensor, and both shapes.
+        UserError: as for `read_tensors`; or a tensor is missing, unexpected, there twice, of
+            another shape, or holds something else than finite numbers. The message names the
+            tensor. Last layers of a text tower that the model leaves out are noted instead.
     """
     return fill_params(abstract, read_tensors(path), path, dtype)
 
@@ -136,7 +143,7 @@ def fill_params(
         for parameter in parameters
         for index, (path, shape) in enumerate(parameter.layers)
     }
-    missing, unexpected = dict(places), []
+    missing, unexpected, left_out = dict(places), [], set()
     num_threads = min(_MAX_THREADS, os.cpu_count() or 1)
     with ThreadPoolExecutor(num_threads) as pool:
         started: deque[Future[None]] = deque()
@@ -144,9 +151,13 @@ def fill_params(
             known = _current_name(name, places)
             if known in missing:
                 parameter, index, shape = missing.pop(known)
-                _check_shape(source, name, tensor, shape)
-                started.append(pool.submit(parameter.fill, index, tensor))
-            elif known not in places and name.rsplit(".")[-1] not in _BUFFERS:
+                _check(source, name, tensor, shape)
+                started.append(pool.submit(parameter.fill, index, tensor, f"{source}: {name}"))
+            elif known in places:
+                raise UserError(f"{source}: tensor {name} is there twice, maybe by another name")
+            elif (match := _TEXT_LAYER.fullmatch(known)) and f"{match[1]}0{match[3]}" in places:
+                left_out.add(match[2])
+            elif name.rsplit(".")[-1] not in _BUFFERS:
                 unexpected.append((name, tensor.shape))
             # Nothing of it stays while others are read.
             del tensor
@@ -159,6 +170,11 @@ def fill_params(
         raise UserError(f"{source}: the model needs {listing}, missing here")
     if unexpected:
         raise UserError(f"{source}: the model has no place for {_listing(unexpected)}, found here")
+    if left_out:
+        note(
+            f"{source}: num_hidden_layers of config.json leaves out the last {len(left_out)} of "
+            "the text encoder's layers"
+        )
     return unflatten_dict({parameter.keys: parameter.placed for parameter in parameters})
 
 
@@ -174,14 +190,24 @@ class _Parameter:
         self._to_come = len(self.layers)
         self._lock = threading.Lock()
 
-    def fill(self, index: int, tensor: np.ndarray) -> None:
-        """Takes a layer's tensor, once; puts the array on the devices when it has all of them."""
+    def fill(self, index: int, tensor: np.ndarray, origin: str) -> None:
+        """Takes a layer's tensor, once; puts the array on the devices when it has all of them.
+
+        Raises:
+            UserError: a number in it is not finite; the message begins with the origin.
+        """
         shape = tuple(self._abstract.shape)
         with self._lock:
             if self._array is None:
                 self._array = _empty_aligned(shape, self._dtype)
         out = self._array[index] if is_stacked(self.keys) else self._array
-        from_torch_layout(self.keys, tensor, out)
+        with np.errstate(over="ignore"):  # which is refused right after
+            from_torch_layout(self.keys, tensor, out)
+        if not _all_finite(out):
+            raise UserError(
+                f"{origin} holds numbers that are not finite in {self._dtype}, which would spoil "
+                "every image; fetch or convert the file again"
+            )
         with self._lock:
             self._to_come -= 1
             if self._to_come:
@@ -195,7 +221,21 @@ class _Parameter:
         self.placed = placed.block_until_ready()
 
 
-def _check_shape(source: str | Path, name: str, tensor: np.ndarray, wanted: tuple) -> None:
+def _all_finite(array: np.ndarray) -> bool:
+    """Of a contiguous array."""
+    exponent = _EXPONENT[array.dtype.name]
+    bits = array.reshape(-1).view(f"uint{8 * array.itemsize}")
+    # Piece by piece, which stay in the cache.
+    pieces = (bits[start : start + 2**16] for start in range(0, len(bits), 2**16))
+    return not any((piece & exponent == exponent).any() for piece in pieces)
+
+
+def _check(source: str | Path, name: str, tensor: np.ndarray, wanted: tuple) -> None:
+    if not jnp.issubdtype(tensor.dtype, jnp.floating):
+        raise UserError(
+            f"{source}: tensor {name} is stored as {tensor.dtype}, where floating-point numbers "
+            "belong; quantized models are not supported"
+        )
     if tensor.shape != wanted:
         raise UserError(
             f"{source}: tensor {name} has shape {list(tensor.shape)}, "

@@ -1,5 +1,6 @@
 """What diffusers and transformers call the files of a model's weights."""
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def find_weights(folder: Path, variant: str | None = None) -> Path | None:
     for kind in _STEMS:
         for mark in (variant,) if variant else (None, "fp16"):
             for name in _names(kind, mark):
-                if (folder / name).is_file():
+                if os.path.isfile(folder / name):
                     return folder / name
     return None
 

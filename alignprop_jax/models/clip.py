@@ -9,11 +9,28 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from alignprop_jax.errors import UserError
+from alignprop_jax.foreign_json import (
+    Schema,
+    check_divisible,
+    integer,
+    number,
+    one_of,
+    optional,
+    read_fields,
+    refused,
+    section,
+)
 from alignprop_jax.models.attention_functions import attend
 from alignprop_jax.models.execution import Execution, NetworkModule, rematerialized
 from alignprop_jax.models.layers import ACTIVATIONS, Linear, dot_product_attention, layer_norm
 from alignprop_jax.models.stacked_layers import EVERY, run_layers
+
+TOWERS: Schema = {key: optional(section(default={})) for key in ("text_config", "vision_config")}
+"""The configs within that of a model with both towers."""
+
+_PROJECTION_DIM = integer(1, 16384, default=512)
+# Along a side of the image; the largest models that are published have 72.
+_MAX_PATCHES = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,22 +45,33 @@ class TransformerConfig:
     layer_norm_eps: float
 
     @staticmethod
-    def read(config: Mapping[str, Any], hidden_size: int, num_heads: int) -> dict[str, Any]:
+    def read(
+        config: Mapping[str, Any], hidden_size: int, num_heads: int, prefix: str
+    ) -> dict[str, Any]:
         """The common fields of a transformers config, whose files may leave out defaults."""
-        activation = config.get("hidden_act", "quick_gelu")
-        if activation not in ACTIVATIONS:
-            raise UserError(
-                f"CLIP: config.json has hidden_act={activation!r}, "
-                f"which is not one of {', '.join(ACTIVATIONS)}"
-            )
-        hidden_size = config.get("hidden_size", hidden_size)
+        values = read_fields(
+            config,
+            {
+                "hidden_size": integer(1, 16384, default=hidden_size),
+                "intermediate_size": optional(integer(1, 65536)),
+                "num_hidden_layers": integer(1, 256, default=12),
+                "num_attention_heads": integer(1, 1024, default=num_heads),
+                "hidden_act": one_of(*ACTIVATIONS, default="quick_gelu"),
+                "layer_norm_eps": number(1e-12, 1, default=1e-5),
+            },
+            prefix,
+        )
+        hidden_size, num_heads = values["hidden_size"], values["num_attention_heads"]
+        check_divisible(
+            f"{prefix}hidden_size", [hidden_size], f"{prefix}num_attention_heads", num_heads
+        )
         return {
             "hidden_size": hidden_size,
-            "intermediate_size": config.get("intermediate_size", 4 * hidden_size),
-            "num_layers": config.get("num_hidden_layers", 12),
-            "num_heads": config.get("num_attention_heads", num_heads),
-            "hidden_act": activation,
-            "layer_norm_eps": config.get("layer_norm_eps", 1e-5),
+            "intermediate_size": values["intermediate_size"] or 4 * hidden_size,
+            "num_layers": values["num_hidden_layers"],
+            "num_heads": num_heads,
+            "hidden_act": values["hidden_act"],
+            "layer_norm_eps": values["layer_norm_eps"],
         }
 
 
@@ -55,14 +83,28 @@ class CLIPTextConfig(TransformerConfig):
     projection_dim: int
 
     @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> "CLIPTextConfig":
-        """Reads transformers' CLIPTextConfig."""
+    def from_dict(cls, config: Mapping[str, Any], prefix: str = "") -> "CLIPTextConfig":
+        """Reads transformers' CLIPTextConfig; UserError where it is not supported.
+
+        Args:
+            prefix: of the keys in errors, for a config within another.
+        """
+        values = read_fields(
+            config,
+            {
+                "vocab_size": integer(1, 2**20, default=49408),
+                "max_position_embeddings": integer(1, 4096, default=77),
+                "eos_token_id": integer(0, 2**20, default=49407),
+                "projection_dim": _PROJECTION_DIM,
+            },
+            prefix,
+        )
         return cls(
-            **cls.read(config, hidden_size=512, num_heads=8),
-            vocab_size=config.get("vocab_size", 49408),
-            max_length=config.get("max_position_embeddings", 77),
-            eos_token_id=config.get("eos_token_id", 49407),
-            projection_dim=config.get("projection_dim", 512),
+            **cls.read(config, 512, 8, prefix),
+            vocab_size=values["vocab_size"],
+            max_length=values["max_position_embeddings"],
+            eos_token_id=values["eos_token_id"],
+            projection_dim=values["projection_dim"],
         )
 
 
@@ -72,12 +114,26 @@ class CLIPVisionConfig(TransformerConfig):
     patch_size: int
 
     @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> "CLIPVisionConfig":
-        """Reads transformers' CLIPVisionConfig."""
+    def from_dict(cls, config: Mapping[str, Any], prefix: str = "") -> "CLIPVisionConfig":
+        """Reads transformers' CLIPVisionConfig, as `CLIPTextConfig.from_dict` reads its own."""
+        values = read_fields(
+            config,
+            {
+                "image_size": integer(1, 4096, default=224),
+                "num_channels": one_of(3, default=3),
+                "patch_size": integer(1, 4096, default=32),
+            },
+            prefix,
+        )
+        image_size, patch_size = values["image_size"], values["patch_size"]
+        if not 1 <= image_size // patch_size <= _MAX_PATCHES:
+            raise refused(
+                f"{prefix}patch_size",
+                patch_size,
+                f"a size that fits 1 to {_MAX_PATCHES} times into image_size={image_size}",
+            )
         return cls(
-            **cls.read(config, hidden_size=768, num_heads=12),
-            image_size=config.get("image_size", 224),
-            patch_size=config.get("patch_size", 32),
+            **cls.read(config, 768, 12, prefix), image_size=image_size, patch_size=patch_size
         )
 
 
@@ -89,11 +145,12 @@ class CLIPConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "CLIPConfig":
-        """Reads transformers' CLIPConfig."""
+        """Reads transformers' CLIPConfig; UserError where it is not supported."""
+        values = read_fields(config, {**TOWERS, "projection_dim": _PROJECTION_DIM})
         return cls(
-            text=CLIPTextConfig.from_dict(config.get("text_config") or {}),
-            vision=CLIPVisionConfig.from_dict(config.get("vision_config") or {}),
-            projection_dim=config.get("projection_dim", 512),
+            text=CLIPTextConfig.from_dict(values["text_config"], "text_config."),
+            vision=CLIPVisionConfig.from_dict(values["vision_config"], "vision_config."),
+            projection_dim=values["projection_dim"],
         )
 
 

@@ -15,14 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from alignprop_jax.foreign_json import one_of, read_fields
 from alignprop_jax.models.clip import (
+    TOWERS,
     CLIPConfig,
     CLIPVisionConfig,
     Encoder,
     TextTransformer,
     VisionEmbeddings,
 )
-from alignprop_jax.models.config_json import refuse_unsupported
 from alignprop_jax.models.execution import Execution, NetworkModule
 from alignprop_jax.models.layers import Linear, gelu, layer_norm
 
@@ -45,12 +46,12 @@ class OwlViTConfig(CLIPConfig):
         Raises:
             UserError: it is neither, or asks for what is not implemented.
         """
-        model_type = config["model_type"]
-        refuse_unsupported(config, {"model_type": tuple(_VISION_CONFIGS)}, "OWL-ViT")
-        text = {"max_position_embeddings": _MAX_LENGTH, **(config.get("text_config") or {})}
+        values = read_fields(config, {**TOWERS, "model_type": one_of(*_VISION_CONFIGS)})
+        model_type = values["model_type"]
+        text = {"max_position_embeddings": _MAX_LENGTH, **values["text_config"]}
         # Whatever the file says, the text ends at its highest id: what 2 stands for in a CLIP.
         text["eos_token_id"] = 2
-        vision = {**_VISION_CONFIGS[model_type], **(config.get("vision_config") or {})}
+        vision = {**_VISION_CONFIGS[model_type], **values["vision_config"]}
         clip = CLIPConfig.from_dict({**config, "text_config": text, "vision_config": vision})
         return cls(clip.text, clip.vision, clip.projection_dim, model_type)
 

@@ -14,15 +14,27 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
+from alignprop_jax.foreign_json import (
+    Field,
+    boolean,
+    check_divisible,
+    either,
+    integer,
+    list_of,
+    number,
+    one_of,
+    optional,
+    read_fields,
+    refused,
+)
 from alignprop_jax.models.attention import Transformer2D
 from alignprop_jax.models.blocks import Downsample, ResnetBlock, Upsample
-from alignprop_jax.models.config_json import per_block, refuse_unsupported
 from alignprop_jax.models.execution import Execution, NetworkModule
 from alignprop_jax.models.layers import Conv, Linear, group_norm, repeat_rows
 
-_SUPPORTED = {
+# What leaves the architecture as it is here; the first is what a file without the key means.
+_ONLY = {
     "act_fn": ("silu", "swish"),
-    "addition_embed_type": (None, "text_time"),
     "attention_type": ("default",),
     "center_input_sample": (False,),
     "class_embed_type": (None,),
@@ -32,12 +44,13 @@ _SUPPORTED = {
     "downsample_padding": (1,),
     "dual_cross_attention": (False,),
     "encoder_hid_dim": (None,),
+    "encoder_hid_dim_type": (None,),
     "mid_block_only_cross_attention": (None, False),
-    "mid_block_scale_factor": (1, 1.0),
+    "mid_block_scale_factor": (1.0, 1),
     "mid_block_type": ("UNetMidBlock2DCrossAttn",),
     "num_class_embeds": (None,),
     "only_cross_attention": (False,),
-    "resnet_out_scale_factor": (1, 1.0),
+    "resnet_out_scale_factor": (1.0, 1),
     "resnet_skip_time_act": (False,),
     "resnet_time_scale_shift": ("default",),
     "reverse_transformer_layers_per_block": (None,),
@@ -51,13 +64,48 @@ _SUPPORTED = {
 # of the image.
 NUM_TIME_IDS = 6
 # Block types, and whether they have transformers.
-_BLOCKS = {
-    "down_block_types": {"CrossAttnDownBlock2D": True, "DownBlock2D": False},
-    "up_block_types": {"CrossAttnUpBlock2D": True, "UpBlock2D": False},
-}
-_DEFAULT_BLOCKS = {
-    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+_DOWN_BLOCKS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
+_UP_BLOCKS = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
+_MAX_LEVELS = 6
+_WIDTH = integer(1, 16384)
+_HEADS = integer(1, 1024)
+
+
+def _per_level(item: Field, default: Any) -> Field:
+    return either(item, list_of(item, 1, _MAX_LEVELS), default)
+
+
+_SCHEMA = {
+    **{key: one_of(*values, default=values[0]) for key, values in _ONLY.items()},
+    "addition_embed_type": one_of(None, "text_time", default=None),
+    "addition_time_embed_dim": optional(_WIDTH),
+    "attention_head_dim": _per_level(_HEADS, default=8),
+    "block_out_channels": list_of(_WIDTH, 1, _MAX_LEVELS),
+    "cross_attention_dim": integer(1, 16384, default=1280),
+    "down_block_types": list_of(
+        one_of(*_DOWN_BLOCKS),
+        1,
+        _MAX_LEVELS,
+        default=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    ),
+    "flip_sin_to_cos": boolean(default=True),
+    "freq_shift": number(0, 1, default=0.0),
+    "in_channels": integer(1, 1024, default=4),
+    "layers_per_block": _per_level(integer(1, 4), default=2),
+    "norm_eps": number(1e-12, 1, default=1e-5),
+    "norm_num_groups": integer(1, 16384, default=32),
+    "num_attention_heads": optional(_per_level(_HEADS, default=None)),
+    "out_channels": integer(1, 1024, default=4),
+    "projection_class_embeddings_input_dim": optional(_WIDTH),
+    "sample_size": optional(integer(1, 1024, default=64)),
+    "transformer_layers_per_block": _per_level(integer(1, 64), default=1),
+    "up_block_types": list_of(
+        one_of(*_UP_BLOCKS),
+        1,
+        _MAX_LEVELS,
+        default=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+    ),
+    "use_linear_projection": boolean(default=False),
 }
 
 
@@ -93,45 +141,66 @@ class UNetConfig:
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "UNetConfig":
         """Reads diffusers' UNet2DConditionModel config.json; UserError where not supported."""
-        refuse_unsupported(config, _SUPPORTED, "UNet")
-        channels = tuple(config["block_out_channels"])
+        values = read_fields(config, _SCHEMA)
+        channels = values["block_out_channels"]
         levels = len(channels)
 
-        def per_level(key, default):
-            return per_block(key, config.get(key, default), levels)
-
-        def attention(key):
-            blocks = per_level(key, _DEFAULT_BLOCKS[key])
-            for block in blocks:
-                refuse_unsupported({key: block}, {key: tuple(_BLOCKS[key])}, "UNet")
-            return tuple(_BLOCKS[key][block] for block in blocks)
+        def per_level(key):
+            value = values[key]
+            if not isinstance(value, tuple):
+                return (value,) * levels
+            if len(value) != levels:
+                raise refused(key, value, f"{levels} values, as many as block_out_channels has")
+            return value
 
         size_dim = pooled_dim = 0
-        if config.get("addition_embed_type") == "text_time":
-            size_dim = config["addition_time_embed_dim"]
-            pooled_dim = config["projection_class_embeddings_input_dim"] - NUM_TIME_IDS * size_dim
+        if values["addition_embed_type"]:
+            size_dim = values["addition_time_embed_dim"]
+            key = "projection_class_embeddings_input_dim"
+            if size_dim is None:
+                raise refused("addition_time_embed_dim", None, _WIDTH.allowed)
+            if (values[key] or 0) <= NUM_TIME_IDS * size_dim:
+                raise refused(
+                    key, values[key], f"more than {NUM_TIME_IDS} times addition_time_embed_dim"
+                )
+            pooled_dim = values[key] - NUM_TIME_IDS * size_dim
 
         # diffusers' files set the count of heads under the second name, as if it were their size.
-        heads = "num_attention_heads" if config.get("num_attention_heads") else "attention_head_dim"
-        return cls(
-            sample_size=config.get("sample_size") or 64,
-            in_channels=config.get("in_channels", 4),
-            out_channels=config.get("out_channels", 4),
+        heads = "num_attention_heads" if values["num_attention_heads"] else "attention_head_dim"
+        unet = cls(
+            sample_size=values["sample_size"],
+            in_channels=values["in_channels"],
+            out_channels=values["out_channels"],
             channels=channels,
-            layers_per_block=per_level("layers_per_block", 2),
-            transformer_layers=per_level("transformer_layers_per_block", 1),
-            num_heads=per_level(heads, 8),
-            down_attention=attention("down_block_types"),
-            up_attention=attention("up_block_types"),
-            context_dim=config.get("cross_attention_dim", 1280),
-            norm_num_groups=config.get("norm_num_groups", 32),
-            norm_eps=config.get("norm_eps", 1e-5),
-            use_linear_projection=config.get("use_linear_projection", False),
-            flip_sin_to_cos=config.get("flip_sin_to_cos", True),
-            freq_shift=config.get("freq_shift", 0.0),
+            layers_per_block=per_level("layers_per_block"),
+            transformer_layers=per_level("transformer_layers_per_block"),
+            num_heads=per_level(heads),
+            down_attention=tuple(map(_DOWN_BLOCKS.get, per_level("down_block_types"))),
+            up_attention=tuple(map(_UP_BLOCKS.get, per_level("up_block_types"))),
+            context_dim=values["cross_attention_dim"],
+            norm_num_groups=values["norm_num_groups"],
+            norm_eps=values["norm_eps"],
+            use_linear_projection=values["use_linear_projection"],
+            flip_sin_to_cos=values["flip_sin_to_cos"],
+            freq_shift=values["freq_shift"],
             size_embedding_dim=size_dim,
             pooled_dim=pooled_dim,
         )
+        check_divisible("block_out_channels", channels, "norm_num_groups", unet.norm_num_groups)
+        # The middle has transformers whatever the lowest level has.
+        attention = zip(unet.down_attention, unet.up_attention[::-1], strict=True)
+        for level, (down, up) in enumerate(attention):
+            if down or up or level == levels - 1:
+                check_divisible(
+                    "block_out_channels", channels[level : level + 1], heads, unet.num_heads[level]
+                )
+        for key, width in (
+            ("block_out_channels", channels[0]),
+            ("addition_time_embed_dim", size_dim or channels[0]),
+        ):
+            if width // 2 <= unet.freq_shift:
+                raise refused(key, width, "more than twice freq_shift")
+        return unet
 
 
 def timestep_embedding(

@@ -9,19 +9,42 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from alignprop_jax.foreign_json import (
+    boolean,
+    check_divisible,
+    integer,
+    list_of,
+    number,
+    one_of,
+    optional,
+    read_fields,
+    refused,
+)
 from alignprop_jax.models.blocks import Downsample, ResnetBlock, Upsample
-from alignprop_jax.models.config_json import refuse_unsupported
 from alignprop_jax.models.execution import Execution, NetworkModule
 from alignprop_jax.models.layers import Conv, Linear, dot_product_attention, group_norm
 
 # The autoencoder's norms use this epsilon; its files do not record it.
 _EPSILON = 1e-6
-_SUPPORTED = {
-    "act_fn": ("silu", "swish"),
-    "latents_mean": (None,),
-    "latents_std": (None,),
-    "mid_block_add_attention": (True,),
-    "shift_factor": (None,),
+_MAX_LEVELS = 6
+_SCHEMA = {
+    "act_fn": one_of("silu", "swish", default="silu"),
+    "block_out_channels": list_of(integer(1, 16384), 1, _MAX_LEVELS),
+    "down_block_types": optional(list_of(one_of("DownEncoderBlock2D"), 1, _MAX_LEVELS)),
+    "force_upcast": boolean(default=False),
+    "in_channels": one_of(3, default=3),
+    "latent_channels": integer(1, 1024, default=4),
+    "latents_mean": one_of(None, default=None),
+    "latents_std": one_of(None, default=None),
+    "layers_per_block": integer(1, 4, default=1),
+    "mid_block_add_attention": one_of(True, default=True),
+    "norm_num_groups": integer(1, 16384, default=32),
+    "out_channels": one_of(3, default=3),
+    "scaling_factor": number(1e-6, 1e6, default=0.18215),
+    "shift_factor": one_of(None, default=None),
+    "up_block_types": optional(list_of(one_of("UpDecoderBlock2D"), 1, _MAX_LEVELS)),
+    "use_post_quant_conv": boolean(default=True),
+    "use_quant_conv": boolean(default=True),
 }
 
 
@@ -46,25 +69,18 @@ class VAEConfig:
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "VAEConfig":
         """Reads diffusers' AutoencoderKL config.json; UserError where it is not supported."""
-        refuse_unsupported(config, _SUPPORTED, "VAE")
-        for key, only in (
-            ("down_block_types", "DownEncoderBlock2D"),
-            ("up_block_types", "UpDecoderBlock2D"),
-        ):
-            for block in config.get(key, ()):
-                refuse_unsupported({key: block}, {key: (only,)}, "VAE")
-        return cls(
-            in_channels=config.get("in_channels", 3),
-            out_channels=config.get("out_channels", 3),
-            channels=tuple(config["block_out_channels"]),
-            layers_per_block=config.get("layers_per_block", 1),
-            latent_channels=config.get("latent_channels", 4),
-            norm_num_groups=config.get("norm_num_groups", 32),
-            scaling_factor=config.get("scaling_factor", 0.18215),
-            use_quant_conv=config.get("use_quant_conv", True),
-            use_post_quant_conv=config.get("use_post_quant_conv", True),
-            force_upcast=config.get("force_upcast", False),
+        values = read_fields(config, _SCHEMA)
+        channels = values["block_out_channels"]
+        for key in ("down_block_types", "up_block_types"):
+            if len(values[key] or channels) != len(channels):
+                raise refused(
+                    key, values[key], f"{len(channels)} values, as many as block_out_channels has"
+                )
+        check_divisible(
+            "block_out_channels", channels, "norm_num_groups", values["norm_num_groups"]
         )
+        names = {field.name for field in dataclasses.fields(cls)}
+        return cls(channels=channels, **{key: values[key] for key in names & values.keys()})
 
     @property
     def downscale(self) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from alignprop_jax.errors import UserError
@@ -42,8 +43,8 @@ def make_aesthetic_reward(
     """
     folder = resolve_network(clip, "clip")
     head_path = Path(head) if head else _find_head(folder)
-    preprocess = CLIPPreprocessor.from_folder(folder)
     model, clip_params = load_component(CLIPModel, folder, dtype)
+    preprocess = CLIPPreprocessor.from_folder(folder, model.config.vision.image_size)
     layers = load_head(head_path)
     width = layers[0]["kernel"].shape[0]
     if width != model.config.projection_dim:
@@ -82,16 +83,20 @@ def load_head(path: str | Path) -> Head:
         path: a safetensors file, or a `.pth` as LAION publishes it.
 
     Raises:
-        UserError: the file is absent or truncated, a tensor has another name or no partner, or the
-            widths are no chain that ends in 1.
+        UserError: the file is absent or truncated, a tensor has another name or no partner or holds
+            something else than finite numbers, or the widths are no chain that ends in 1.
     """
     found: dict[int, dict[str, Array]] = {}
     for name, tensor in read_tensors(path):
-        match = re.fullmatch(r"layers\.(\d+)\.(weight|bias)", name)
+        match = re.fullmatch(r"layers\.(0|[1-9][0-9]{0,3})\.(weight|bias)", name)
         if match is None:
             raise UserError(f"{path}: tensor {name} is not named layers.N.weight or layers.N.bias")
+        if not jnp.issubdtype(tensor.dtype, jnp.floating) or not np.isfinite(tensor).all():
+            raise UserError(f"{path}: tensor {name} holds something else than finite numbers")
         leaf, array = ("bias", tensor) if match[2] == "bias" else ("kernel", tensor.T)
         found.setdefault(int(match[1]), {})[leaf] = jnp.asarray(array, jnp.float32)
+    if not found:
+        raise UserError(f"{path}: has no tensors, so it is no head")
     width = None
     for number, layer in sorted(found.items()):
         if layer.keys() != {"kernel", "bias"}:

@@ -95,8 +95,8 @@ def _load_similarity(
     scale: Callable[[ParamTree], Float[Array, ""] | float],
 ) -> Reward:
     folder = resolve_network(clip, "scene_clip")
-    preprocess = CLIPPreprocessor.from_folder(folder)
     model, params = load_component(CLIPModel, folder, dtype)
+    preprocess = CLIPPreprocessor.from_folder(folder, model.config.vision.image_size)
     tokenizer = load_tokenizer(folder, model.config.text)
     return clip_similarity(
         name, model, params, preprocess, lambda prompts: tokenize(tokenizer, list(prompts)), scale

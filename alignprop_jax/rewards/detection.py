@@ -78,7 +78,9 @@ def load_detector(detector: str, dtype: jnp.dtype = jnp.float32) -> Detector:
     """
     folder = resolve_network(detector, "detector")
     model, params = load_component(OwlViT, folder, dtype)
-    preprocess = OwlPreprocessor.from_folder(folder, pads=model.config.model_type == "owlv2")
+    preprocess = OwlPreprocessor.from_folder(
+        folder, model.config.vision.image_size, pads=model.config.model_type == "owlv2"
+    )
     towers = params[model.config.model_type]
     text = {name: towers[name] for name in ("text_model", "text_projection", "logit_scale")}
     image = {name: towers[name] for name in ("vision_model", "logit_scale")}

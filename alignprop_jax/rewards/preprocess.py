@@ -1,7 +1,6 @@
 """From images in [0, 1] to what an image tower takes, differentiably."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,44 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from alignprop_jax.errors import UserError
+from alignprop_jax.foreign_json import (
+    Field,
+    Schema,
+    list_of,
+    number,
+    one_of,
+    optional,
+    read_json_fields,
+    refused,
+)
 
 # Of the images CLIP was trained on (github.com/openai/CLIP), by channel.
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 # PIL's numbers, which preprocessor_config.json holds.
 _BILINEAR, _BICUBIC = 2, 3
+_MAX_EDGE = 4096
+
+
+def _edge(size: Any) -> int:
+    """The one edge length of transformers' several ways to write a size."""
+    edges = set(size.values()) if isinstance(size, dict) else {size}
+    (edge,) = edges
+    if type(edge) is not int or not 1 <= edge <= _MAX_EDGE:
+        raise ValueError
+    return edge
+
+
+_EDGE = Field(_edge, f"square: a whole number from 1 to {_MAX_EDGE}, or an object of such")
+_SCHEMA: Schema = {
+    "do_normalize": optional(one_of(True, default=True)),
+    "do_rescale": optional(one_of(True, default=True)),
+    "do_resize": optional(one_of(True, default=True)),
+    "image_mean": list_of(number(-10, 10), 3, 3),
+    "image_std": list_of(number(1e-3, 10), 3, 3),
+    "rescale_factor": optional(one_of(1 / 255, default=1 / 255)),
+    "size": _EDGE,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,18 +63,17 @@ class CLIPPreprocessor:
     std: tuple[float, float, float]
 
     @classmethod
-    def from_folder(cls, folder: str | Path) -> "CLIPPreprocessor":
+    def from_folder(cls, folder: str | Path, image_size: int) -> "CLIPPreprocessor":
         """Reads `preprocessor_config.json`.
+
+        Args:
+            image_size: what the image tower takes.
 
         Raises:
             UserError: the file is absent or cannot be read, or asks for what is not implemented.
         """
-        path = Path(folder) / "preprocessor_config.json"
-        config = _read_json(path)
-        size, mean, std = _read_settings(path, config, resample=_BICUBIC)
-        if _edge(config.get("crop_size", size)) != size:
-            raise UserError(f"{path}: needs crop_size equal to size")
-        return cls(size, mean, std)
+        schema = {"crop_size": optional(_EDGE)}
+        return cls(*_read_settings(folder, image_size, _BICUBIC, schema))
 
     def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b s s 3"]:
         """The pixel values of images in [0, 1]."""
@@ -67,18 +97,11 @@ class OwlPreprocessor:
     pads: bool
 
     @classmethod
-    def from_folder(cls, folder: str | Path, pads: bool) -> "OwlPreprocessor":
-        """Reads `preprocessor_config.json`.
-
-        Raises:
-            UserError: the file is absent or cannot be read, or asks for what is not implemented.
-        """
-        path = Path(folder) / "preprocessor_config.json"
-        config = _read_json(path)
-        settings = _read_settings(path, config, resample=_BILINEAR if pads else _BICUBIC)
-        if config.get("do_center_crop"):
-            raise UserError(f"{path}: has do_center_crop=true, supported: false")
-        return cls(*settings, pads)
+    def from_folder(cls, folder: str | Path, image_size: int, pads: bool) -> "OwlPreprocessor":
+        """Reads `preprocessor_config.json`; arguments and errors as for `CLIPPreprocessor`."""
+        schema = {"do_center_crop": optional(one_of(False, default=False))}
+        resample = _BILINEAR if pads else _BICUBIC
+        return cls(*_read_settings(folder, image_size, resample, schema), pads)
 
     def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b s s 3"]:
         """The pixel values of images in [0, 1]."""
@@ -121,36 +144,22 @@ def _normalize(
     return (images - mean) / std
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise UserError(f"{path}: cannot be understood ({error!r})") from error
-
-
 def _read_settings(
-    path: Path, config: dict[str, Any], resample: int
+    folder: str | Path, image_size: int, resample: int, schema: Schema
 ) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
-    """The edge, the mean and the standard deviation of the images a tower takes."""
-    try:
-        size = _edge(config["size"])
-        mean, std = (tuple(map(float, config[f"image_{key}"])) for key in ("mean", "std"))
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: cannot be understood ({error!r})") from error
-    if len(mean) != 3 or len(std) != 3:
-        raise UserError(f"{path}: needs a mean and a std for each of three channels")
-    if config.get("resample", resample) != resample:
-        raise UserError(f"{path}: has resample={config['resample']}, supported: {resample}")
-    return size, mean, std
+    """The edge, the mean and the standard deviation of the images a tower takes.
 
-
-def _edge(size: int | dict[str, int]) -> int:
-    """The one edge length of transformers' several ways to write a size."""
-    if isinstance(size, int):
-        return size
-    edges = set(size.values())
-    if len(edges) != 1:
-        raise ValueError(f"size {size} is not square")
-    return int(edges.pop())
+    Args:
+        image_size: what both sizes must be. A tower would see patches at the places of others, or
+            have no place for them.
+        resample: the number of the filter that is implemented.
+        schema: of keys that not all preprocessors share.
+    """
+    path = Path(folder) / "preprocessor_config.json"
+    resample = {"resample": optional(one_of(resample, default=resample))}
+    values = read_json_fields(path, {**_SCHEMA, **resample, **schema})
+    for key in ("size", "crop_size"):
+        if values.get(key) not in (None, image_size):
+            allowed = f"image_size={image_size}, which config.json has"
+            raise UserError(f"{path}: {refused(key, values[key], allowed)}")
+    return values["size"], values["image_mean"], values["image_std"]

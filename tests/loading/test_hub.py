@@ -88,6 +88,12 @@ def files_in(folder):
         ("owner/name:fp16", (PLAIN, FP16, PICKLES), FP16),
         ("owner/name", (FP16, PICKLES), FP16),
         ("owner/name", (PICKLES,), PICKLES),
+        # Of the variant what there is of it, the rest without.
+        ("owner/name:fp16", (PLAIN[-2:], FP16[:3], PICKLES), (*FP16[:3], *PLAIN[-2:])),
+        ("owner/name:fp16", (FP16[-1:], PICKLES), (FP16[-1], *PICKLES[:2])),
+        ("owner/name", (PLAIN[-1:], PICKLES), (PLAIN[-1], *PICKLES[:2])),
+        # No part has it: nothing is downloaded that was not asked for.
+        ("owner/name:other", (PLAIN, FP16), ()),
     ],
 )
 def test_one_kind_of_weights_is_downloaded(fake_hub, name, published, wanted):

@@ -252,7 +252,7 @@ def test_attention_mask(edited):
             "sd",
             "unet/config.json",
             {"sample_size": [8, 16]},
-            "write one number there, and give the height",
+            "write one number there, and give the",
         ),
         (
             "sd",

@@ -150,8 +150,12 @@ def test_sharded_weights_load(written, folder):
         load_stable_diffusion(folder)
     index = folder / "unet" / "diffusion_pytorch_model.safetensors.index.json"
     index.write_text("{}")
-    with pytest.raises(UserError, match=f"{index.name}: cannot be read as an index"):
+    with pytest.raises(UserError, match=f"{index.name}: lacks the key weight_map, which is an obj"):
         load_stable_diffusion(folder)
+    for name in ("../../x.safetensors", "/x.bin", "..", "", "config.json", 1, None, ["x.bin"]):
+        index.write_text(json.dumps({"weight_map": {"conv_in.weight": name}}))
+        with pytest.raises(UserError, match=f"{index.name}: weight_map=.*name of a .safetensors"):
+            load_stable_diffusion(folder)
 
 
 @pytest.mark.parametrize("sharded", [False, True])
@@ -175,6 +179,65 @@ def test_variant_is_loaded_where_it_is_alone_or_asked_for(written, folder, shard
     assert_trees_equal(alone["unet"], params_from_torch(half.unet.float(), sd.unet))
     with pytest.raises(UserError, match="unet: no weights of the variant non_ema"):
         load_stable_diffusion(f"{folder}:non_ema")
+
+
+def test_a_part_without_the_variant_is_read_without_it(written, folder, capsys):
+    """As in diffusers, which the user hears of here."""
+    for name in ("unet", "text_encoder"):
+        file = folder / name / COMPONENTS[name]
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    _, params, _ = load_stable_diffusion(f"{folder}:fp16")
+    _, expected, _ = load_stable_diffusion(written[0])
+    assert_trees_equal(params, expected)
+    vae = f"{folder / 'vae'}: no weights of the variant fp16; {COMPONENTS['vae']} is read"
+    assert capsys.readouterr().out == f"note: {vae}\n"
+    pipeline = torch_pipeline.diffusers.StableDiffusionPipeline
+    assert pipeline.from_pretrained(folder, variant="fp16").vae is not None
+
+
+def test_clip_skip_in_the_config_leaves_the_last_layers_out(written, folder, capsys):
+    """As models that were trained on the states before the last layer are passed on."""
+    edit_config(folder / "text_encoder" / "config.json", num_hidden_layers=1)
+    sd, params, _ = load_stable_diffusion(folder)
+    weights = folder / "text_encoder" / COMPONENTS["text_encoder"]
+    assert capsys.readouterr().out == (
+        f"note: {weights}: num_hidden_layers of config.json leaves out the last 1 of the text "
+        "encoder's layers\n"
+    )
+    peer = torch_pipeline.transformers.CLIPTextModel.from_pretrained(folder / "text_encoder")
+    ids = np.arange(10)[None] % torch_pipeline.VOCAB_SIZE
+    states = sd.text_encoders[0].apply({"params": params["text_encoder"]}, ids)
+    expected = peer.eval()(torch.tensor(ids)).last_hidden_state.detach()
+    np.testing.assert_allclose(states.last, expected, atol=1e-5)
+
+    edit_config(folder / "text_encoder" / "config.json", num_hidden_layers=3)
+    with pytest.raises(UserError, match=r"needs tensors text_model.encoder.layers.2\S+ .* missing"):
+        load_stable_diffusion(folder)
+    edit_config(folder / "text_encoder" / "config.json", num_hidden_layers=2)
+    rewrite(weights, with_tensor("encoder.layers.2.other", 1))
+    with pytest.raises(UserError, match="no place for tensor encoder.layers.2.other"):
+        load_stable_diffusion(folder)
+
+
+def test_a_tokenizer_of_another_encoder_is_refused(folder):
+    config = folder / "text_encoder" / "config.json"
+    weights = folder / "text_encoder" / COMPONENTS["text_encoder"]
+    size = torch_pipeline.VOCAB_SIZE
+    name = "embeddings.token_embedding.weight"
+    edit_config(config, vocab_size=size - 1)
+    rewrite(weights, lambda tensors: {**tensors, name: tensors[name][1:]})
+    message = (
+        f"{folder}/tokenizer' has the token .* with id {size - 1}, .* up to {size - 2}: they are"
+    )
+    with pytest.raises(UserError, match=message):
+        load_stable_diffusion(folder)
+
+    edit_config(config, vocab_size=size)
+    tokenizer = torch_pipeline.transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    tokenizer.add_tokens(["<my-style>"])
+    tokenizer.save_pretrained(folder / "tokenizer")
+    with pytest.raises(UserError, match=f"<my-style>.* with id {size}, .* up to {size - 1}"):
+        load_stable_diffusion(folder)
 
 
 @pytest.mark.parametrize("sharded", [False, True])
@@ -336,18 +399,21 @@ def test_config_that_cannot_be_followed_is_refused_by_name(folder):
     edit_config(unet, cross_attention_dim=48)
     with pytest.raises(UserError, match="attends to vectors of size 48, the text encoders give 32"):
         load_stable_diffusion(folder)
-    edit_config(unet, cross_attention_dim=32, in_channels=9)
+    edit_config(unet, cross_attention_dim=32, out_channels=8)
+    with pytest.raises(UserError, match="gives 8 channels for 4; models that predict a variance"):
+        load_stable_diffusion(folder)
+    edit_config(unet, out_channels=4, in_channels=9)
     with pytest.raises(UserError, match="takes 9 channels, .* have 4; models for inpainting and"):
         load_stable_diffusion(folder)
     edit_config(unet, class_embed_type="timestep")
-    with pytest.raises(UserError, match="unet/config.json: .*class_embed_type='timestep'"):
+    with pytest.raises(UserError, match='unet/config.json: class_embed_type="timestep" is not'):
         load_stable_diffusion(folder)
     unet.write_text("{}")
-    with pytest.raises(UserError, match="unet/config.json: lacks the key 'block_out_channels'"):
+    with pytest.raises(UserError, match="unet/config.json: lacks the key block_out_channels"):
         load_stable_diffusion(folder)
     for content in (b"{", b"[]", b"\xff"):
         unet.write_bytes(content)
-        with pytest.raises(UserError, match="unet/config.json: cannot be read as a JSON object"):
+        with pytest.raises(UserError, match="unet/config.json: .* a JSON object"):
             load_stable_diffusion(folder)
 
 

@@ -1,7 +1,9 @@
 """State dicts written by torch.save."""
 
+import pickle
 import sys
 import types
+import zipfile
 
 import numpy as np
 import pytest
@@ -80,3 +82,56 @@ def test_without_pytorch_the_cure_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(UserError, match=r"takes PyTorch to read: pip install 'alignprop_jax\[pic"):
         list(read_tensors(tmp_path / "model.pt"))
+
+
+def expanded():
+    return torch.ones(1).expand(2**40)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ({0: torch.ones(2)}, "holds no state dict"),
+        ({"a": expanded()}, "tensor a is no plain array"),
+        ({"a": torch.ones(2).to_sparse()}, "tensor a is no plain array"),
+        ({"a": torch.ones(2, device="meta")}, "tensor a is no plain array"),
+        ({"a": torch.ones(2) + 1j}, "tensor a is no plain array"),
+    ],
+)
+def test_tensors_that_are_no_arrays_in_the_file_are_refused(tmp_path, content, message):
+    torch.save(content, tmp_path / "model.pt")
+    with pytest.raises(UserError, match=f"model.pt: {message}"):
+        list(read_tensors(tmp_path / "model.pt"))
+
+
+def test_a_compressed_file_is_refused_before_it_is_unpacked(tmp_path):
+    torch.save({"weight": torch.ones(2)}, tmp_path / "model.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "model.pt") as whole,
+        zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as bomb,
+    ):
+        for entry in whole.infolist():
+            bomb.writestr(entry.filename, whole.read(entry) + bytes(10**7))
+    with pytest.raises(
+        UserError, match="bomb.pt: .* compressed, which PyTorch's own files are not"
+    ):
+        list(read_tensors(tmp_path / "bomb.pt"))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_file_that_takes_memory_for_nothing_is_refused(tmp_path, zipped):
+    bomb = b"\x80\x02cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R."
+    path = tmp_path / "model.pt"
+    path.write_bytes(bomb)
+    if zipped:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("archive/data.pkl", bomb)
+    with pytest.raises(UserError, match="model.pt: .* creates arrays of bytes"):
+        list(read_tensors(path))
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04", pickle.dumps({"a": [1]})])
+def test_another_file_is_named(tmp_path, content):
+    (tmp_path / "model.ckpt").write_bytes(content)
+    with pytest.raises(UserError, match="model.ckpt: cannot be read as a checkpoint of PyTorch"):
+        list(read_tensors(tmp_path / "model.ckpt"))

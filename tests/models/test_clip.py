@@ -103,5 +103,7 @@ def test_both_towers_equal_transformers(name):
 
 
 def test_unknown_activation_is_refused_by_name():
-    with pytest.raises(UserError, match="hidden_act='relu'"):
+    with pytest.raises(
+        UserError, match='hidden_act="relu" is not supported; it must be "quick_gelu" or "gelu"'
+    ):
         CLIPTextConfig.from_dict({"hidden_act": "relu"})

@@ -107,7 +107,9 @@ def test_config_of_a_file_that_leaves_out_defaults():
 
 
 def test_another_model_is_refused():
-    with pytest.raises(UserError, match="model_type='clip', which is not supported"):
+    with pytest.raises(
+        UserError, match='model_type="clip" is not supported; it must be "owlvit" or "owlv2"'
+    ):
         OwlViTConfig.from_dict({"model_type": "clip"})
 
 

@@ -61,7 +61,7 @@ def test_agrees_with_transformers_but_for_its_rounding(tmp_path, height, width):
     processor = transformers.CLIPImageProcessorPil(**CONFIG)
     expected = processor(pixels, return_tensors="np")["pixel_values"].transpose(0, 2, 3, 1)
 
-    preprocess = CLIPPreprocessor.from_folder(write_config(tmp_path))
+    preprocess = CLIPPreprocessor.from_folder(write_config(tmp_path), 24)
     actual = preprocess(jnp.asarray(pixels[None], jnp.float32) / 255)
     assert actual.shape == (1, 24, 24, 3)
     # PIL rounds to a level after each axis: at most one level of 255, in units of the smallest std.
@@ -69,8 +69,8 @@ def test_agrees_with_transformers_but_for_its_rounding(tmp_path, height, width):
 
 
 def test_size_may_be_a_number(tmp_path):
-    plain = CLIPPreprocessor.from_folder(write_config(tmp_path, size=24, crop_size=24))
-    assert plain == CLIPPreprocessor.from_folder(write_config(tmp_path))
+    plain = CLIPPreprocessor.from_folder(write_config(tmp_path, size=24, crop_size=24), 24)
+    assert plain == CLIPPreprocessor.from_folder(write_config(tmp_path), 24)
 
 
 def test_crop_of_an_odd_rest():
@@ -82,14 +82,21 @@ def test_crop_of_an_odd_rest():
     "changes, message",
     [
         ({"resample": 2}, "resample=2"),
-        ({"crop_size": 20}, "crop_size equal to size"),
-        ({"size": {"height": 3, "width": 4}}, "not square"),
-        ({"image_mean": None}, "cannot be understood"),
+        (
+            {"crop_size": 20},
+            "crop_size=20 is not supported; it must be image_size=24, which config",
+        ),
+        ({"size": 48, "crop_size": 48}, "size=48 is not supported; it must be image_size=24"),
+        ({"size": {"height": 3, "width": 4}}, "must be square"),
+        ({"image_mean": None}, "image_mean=null is not supported"),
+        ({"image_std": [0.2, 0, 0.2]}, "image_std=.*each a number from 0.001"),
+        ({"do_normalize": False}, "do_normalize=false"),
+        ({"rescale_factor": 1}, "rescale_factor=1 "),
     ],
 )
 def test_unsupported_config(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
-        CLIPPreprocessor.from_folder(write_config(tmp_path, **changes))
+        CLIPPreprocessor.from_folder(write_config(tmp_path, **changes), 24)
 
 
 OWL_CONFIG = {**CONFIG, "size": {"height": 24, "width": 24}, "do_center_crop": False}
@@ -101,7 +108,7 @@ def test_stretches_as_transformers_for_owlvit(tmp_path, height, width):
     pixels = np.random.default_rng(1).integers(60, 196, size=(height, width, 3), dtype=np.uint8)
     processor = transformers.OwlViTImageProcessorPil(**OWL_CONFIG)
     expected = processor(pixels, return_tensors="np")["pixel_values"].transpose(0, 2, 3, 1)
-    preprocess = OwlPreprocessor.from_folder(write_config(tmp_path, **OWL_CONFIG), pads=False)
+    preprocess = OwlPreprocessor.from_folder(write_config(tmp_path, **OWL_CONFIG), 24, pads=False)
     actual = preprocess(jnp.asarray(pixels[None], jnp.float32) / 255)
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1 / 255 / 0.26)
 
@@ -114,7 +121,7 @@ def test_pads_as_transformers_for_owlv2(tmp_path, height, width):
     config = {**OWL_CONFIG, "resample": 2}
     processor = transformers.Owlv2ImageProcessorPil(**config)
     expected = processor(pixels, return_tensors="np")["pixel_values"].transpose(0, 2, 3, 1)
-    preprocess = OwlPreprocessor.from_folder(write_config(tmp_path, **config), pads=True)
+    preprocess = OwlPreprocessor.from_folder(write_config(tmp_path, **config), 24, pads=True)
     actual = preprocess(jnp.asarray(pixels[None], jnp.float32) / 255)
     # Transformers mirrors the picture at its edge, where we extend it.
     inner = (slice(None), slice(1, -1), slice(1, -1))
@@ -124,9 +131,9 @@ def test_pads_as_transformers_for_owlv2(tmp_path, height, width):
 def test_detectors_that_crop_are_refused(tmp_path):
     folder = write_config(tmp_path, **{**OWL_CONFIG, "do_center_crop": True})
     with pytest.raises(UserError, match="do_center_crop=true"):
-        OwlPreprocessor.from_folder(folder, pads=False)
+        OwlPreprocessor.from_folder(folder, 24, pads=False)
 
 
 def test_missing_config(tmp_path):
-    with pytest.raises(UserError, match="preprocessor_config.json: cannot be read"):
-        CLIPPreprocessor.from_folder(tmp_path)
+    with pytest.raises(UserError, match="preprocessor_config.json: no such file"):
+        CLIPPreprocessor.from_folder(tmp_path, 24)
