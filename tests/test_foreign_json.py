@@ -101,6 +101,9 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path):
 
 
 def test_a_file_that_is_absent_or_a_folder_is_refused_by_name(tmp_path):
-    for path in (tmp_path / "absent.json", tmp_path):
-        with pytest.raises(UserError, match="cannot be read"):
+    for path, message in (
+        (tmp_path / "absent.json", "absent.json: no such file"),
+        (tmp_path, "a file belongs here, and this is none"),
+    ):
+        with pytest.raises(UserError, match=message):
             read_json_object(path)

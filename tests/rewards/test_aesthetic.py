@@ -145,7 +145,7 @@ def test_needs_no_text_tower(reward):
 @pytest.mark.parametrize(
     "tensors, message",
     [
-        ({}, "last layer must give one number"),
+        ({}, "has no tensors, so it is no head"),
         (head_tensors([12, 3], [0]), "last layer must give one number, the score, not 3"),
         (
             {**head_tensors(), "layers.8.weight": np.zeros((1, 1), np.float32)},
