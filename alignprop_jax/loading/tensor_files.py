@@ -15,6 +15,7 @@ from safetensors.numpy import save, save_file
 from alignprop_jax.errors import UserError
 from alignprop_jax.loading.buckets import in_bucket
 from alignprop_jax.loading.torch_file import read_pickle, read_pickle_shapes
+from alignprop_jax.records.whole_file import sync
 
 
 def write_safetensors(
@@ -39,7 +40,9 @@ def write_safetensors(
         save_file(contiguous, partial, header)
         # safetensors leaves a file that its owner alone can read.
         partial.chmod(usual_mode)
+        sync(partial)
         os.replace(partial, path)
+        sync(path.parent)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be written ({error})") from error
 
