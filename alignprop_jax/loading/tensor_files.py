@@ -16,6 +16,7 @@ from alignprop_jax.errors import UserError, require_file
 from alignprop_jax.inputs.foreign_json import Field, mapping_of, read_json_fields
 from alignprop_jax.loading.buckets import in_bucket
 from alignprop_jax.loading.torch_file import read_pickle, read_pickle_shapes
+from alignprop_jax.records.whole_file import sync
 
 _DTYPES = {
     "bool": "BOOL",
@@ -67,10 +68,22 @@ def write_safetensors(
     partial = path.with_name(f"{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+<<<<<<< HEAD
         with partial.open("wb") as file:
             file.writelines(parts)
         os.replace(partial, path)
     except OSError as error:
+=======
+        partial.touch()
+        usual_mode = partial.stat().st_mode
+        save_file(contiguous, partial, header)
+        # safetensors leaves a file that its owner alone can read.
+        partial.chmod(usual_mode)
+        sync(partial)
+        os.replace(partial, path)
+        sync(path.parent)
+    except (OSError, SafetensorError) as error:
+>>>>>>> 413525449a5a3d0cfe3f5204c30a591b718b57a2
         raise UserError(f"{path}: cannot be written ({error})") from error
 
 

@@ -113,10 +113,9 @@ class Checkpoints:
         self._policy = policies.AnyPreservationPolicy([policies.LatestN(keep), best])
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
+        except FileExistsError as error:
             raise UserError(
-                f"{directory} cannot be used ({error.strerror}); remove it if it is no folder, or "
-                "give another --workdir"
+                f"{directory} is no folder; remove it, or give another --workdir"
             ) from error
         # Orbax copies what it is given, and of a method the object, too.
         asynchronous = ocp.options.AsyncOptions(post_finalization_callback=lambda: self._sync())
