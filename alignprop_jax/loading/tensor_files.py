@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,8 @@ from safetensors import SafetensorError, safe_open
 
 from alignprop_jax.errors import UserError, require_file
 from alignprop_jax.inputs.foreign_json import Field, mapping_of, read_json_fields
-from alignprop_jax.loading.buckets import in_bucket
 from alignprop_jax.loading.torch_file import read_pickle, read_pickle_shapes
-from alignprop_jax.records.whole_file import sync
+from alignprop_jax.loading.whole_file import whole_file
 
 _DTYPES = {
     "bool": "BOOL",
@@ -61,29 +59,12 @@ def write_safetensors(
     """Writes named arrays to a disk or a bucket; UserError where the file cannot be written."""
     # transformers refuses a file whose header does not name the framework.
     parts = _serialize(tensors, {"format": "pt", **(metadata or {})})
-    if in_bucket(path):
-        epath.Path(path).write_bytes(b"".join(parts))
-        return
-    path = Path(path)
-    partial = path.with_name(f"{path.name}.partial")
+    path = epath.Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-<<<<<<< HEAD
-        with partial.open("wb") as file:
+        with whole_file(path) as file:
             file.writelines(parts)
-        os.replace(partial, path)
     except OSError as error:
-=======
-        partial.touch()
-        usual_mode = partial.stat().st_mode
-        save_file(contiguous, partial, header)
-        # safetensors leaves a file that its owner alone can read.
-        partial.chmod(usual_mode)
-        sync(partial)
-        os.replace(partial, path)
-        sync(path.parent)
-    except (OSError, SafetensorError) as error:
->>>>>>> 413525449a5a3d0cfe3f5204c30a591b718b57a2
         raise UserError(f"{path}: cannot be written ({error})") from error
 
 

@@ -17,7 +17,7 @@ from alignprop_jax.devices import sharding
 from alignprop_jax.devices.distributed import is_main
 from alignprop_jax.errors import UserError
 from alignprop_jax.loading.buckets import in_bucket
-from alignprop_jax.records.whole_file import sync
+from alignprop_jax.loading.whole_file import sync
 
 State = TypeVar("State")
 Fingerprint = dict[str, Any]
