@@ -243,7 +243,7 @@ ALLOWED = {
     "rescale_betas_zero_snr": (None, True),
     "thresholding": (None,),
     "use_flow_sigmas": (None,),
-    "_class_name": (None, "", "\ud800"),
+    "_class_name": (None, ""),
 }
 
 
