@@ -193,7 +193,7 @@ def _merged(
 def _forget_absent_parts(folder: Path) -> None:
     """Takes optional parts that are not there off the list by which diffusers loads a pipeline."""
     file = folder / "model_index.json"
-    index = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    index = read_json_object(file) if file.exists() else {}
     absent = [part for part in _OPTIONAL if part in index and not (folder / part).is_dir()]
     if any(index[part] != _NO_PART for part in absent):
         index |= dict.fromkeys(absent, _NO_PART)

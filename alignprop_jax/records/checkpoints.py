@@ -69,6 +69,7 @@ def restore(directory: epath.PathLike, step: int | None = None) -> dict[str, Any
     path = directory.resolve() / str(steps[-1] if step is None else step)
     from orbax.checkpoint import v1 as ocp
 
+    _quieten_orbax()
     try:
         arrays = jax.tree.map(lambda saved: np.empty(0, saved.dtype), ocp.metadata(path).metadata)
         return ocp.load(path, arrays)

@@ -182,7 +182,7 @@ def test_an_open_clip_of_other_shapes(tmp_path, name, shape):
 
 
 @pytest.mark.parametrize(
-    "name", ["x" * 5000, "nul\0byte", "~nobody/model", "a:b", ":", "./folder:"]
+    "name", ["", "x" * 5000, "nul\0byte", "~nobody/model", "~\ud800", "a:b", ":", "./folder:"]
 )
 def test_names_of_no_model(name):
     with pytest.raises(UserError, match="no such folder or file; a model is"):
