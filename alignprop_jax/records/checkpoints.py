@@ -242,7 +242,7 @@ def _cannot_be_read(path: epath.Path, error: Exception, earlier: bool = True) ->
 
 
 def _quieten_orbax() -> None:
-    """Leaves out the traces of threads that cannot write: the next call raises the error itself."""
+    """Leaves out the traces of threads that cannot go on: the next call raises the error itself."""
     absl = logging.getLogger("absl")
     if _is_not_of_orbax in absl.filters:
         return
@@ -251,16 +251,17 @@ def _quieten_orbax() -> None:
     show = sys.unraisablehook
 
     def show_all_but_closed_loops(ignored) -> None:
-        # TensorStore tells asyncio of writes that nobody waits for any more.
+        # TensorStore tells asyncio, or uvloop, of what nobody waits for any more.
         trace = ignored.exc_traceback
-        if trace is None or trace.tb_frame.f_code.co_name != "call_soon_threadsafe":
+        if trace is None or "call_soon_threadsafe" not in trace.tb_frame.f_code.co_name:
             show(ignored)
 
     sys.unraisablehook = show_all_but_closed_loops
 
 
 def _is_not_of_orbax(record: logging.LogRecord) -> bool:
-    return "/orbax/" not in f"{record.pathname} {record.getMessage()}"
+    text = f"{record.pathname} {record.getMessage()} {record.exc_info and record.exc_info[1]}"
+    return "/orbax/" not in text and "tensorstore" not in text
 
 
 def _is_typed_key(leaf: jax.Array) -> bool:
