@@ -209,7 +209,7 @@ def define_config_flag(flag_values: flags.FlagValues = flags.FLAGS) -> flags.Fla
     """Defines --config=FILE.py[:VARIANT] and --config.KEY=VALUE; unknown keys are refused."""
     try:
         arguments = flags.FLAGS.read_flags_from_files(sys.argv, force_gnu=False)
-    except (flags.Error, UnicodeDecodeError):
+    except (flags.Error, ValueError):
         arguments = []  # a flag file that cannot be read is named where flags are parsed
     holder = config_flags.DEFINE_config_file(
         "config",

@@ -81,6 +81,10 @@ def _parse_flags(argv: list[str]) -> list[str]:
         _exit(f"error: {error}", 2)
     except UnicodeDecodeError as error:
         _exit(f"error: the file of --flagfile is not UTF-8 text ({error.reason})", 2)
+    except ValueError as error:
+        _exit(f"error: what --flagfile names cannot be opened ({error})", 2)
+    except RecursionError:  # absl looks for the known names that are next to one.
+        _exit("error: the name of a flag is too long to be one; --help lists them", 2)
     if len(remaining) > 1:
         _exit(f"error: unexpected argument {remaining[1]!r}; flags are --NAME=VALUE", 2)
     # absl raises the verbosity to INFO otherwise, and libraries bury the program's own lines.

@@ -1,4 +1,5 @@
 import json
+import logging
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from alignprop_jax.errors import UserError
+from alignprop_jax.records import checkpoints
 from alignprop_jax.records.checkpoints import Checkpoints, make_fingerprint, restore
 
 
@@ -311,6 +313,19 @@ def test_a_checkpoint_of_something_else_is_refused_by_name(tmp_path, other, name
     save(tmp_path / "run", 1)
     with pytest.raises(UserError, match=named):
         Checkpoints(tmp_path / "run", fingerprint(**other), 2)
+
+
+@pytest.mark.parametrize(
+    "message, is_left_out",
+    [
+        ("Task exception was never retrieved: <coro at .../orbax/checkpoint/a.py:3>", True),
+        ("Future exception was never retrieved: ValueError('[tensorstore_spec={}]')", True),
+        ("Future exception was never retrieved: ValueError('of the program')", False),
+    ],
+)
+def test_traces_of_orbax_are_left_out(message, is_left_out):
+    record = logging.LogRecord("asyncio", logging.ERROR, "base_events.py", 1, message, (), None)
+    assert checkpoints._is_not_of_orbax(record) is not is_left_out
 
 
 def test_a_fingerprint_is_json():

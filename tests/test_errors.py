@@ -58,6 +58,7 @@ def test_an_error_that_quotes_much_keeps_its_culprit_and_its_cure():
         ("--count=many", 2, "error: flag --count=many: "),
         ("--no_such_flag", 2, "error: Unknown command line flag 'no_such_flag'"),
         ("stray", 2, "error: unexpected argument 'stray'"),
+        (f"--{'x' * 10_000}=1", 2, "error: the name of a flag is too long to be one"),
     ],
 )
 def test_bad_input_is_one_line(argument, status, line):
@@ -75,6 +76,13 @@ def test_a_flag_file_that_is_no_text_is_one_line(tmp_path):
     assert result.stderr == (
         "error: the file of --flagfile is not UTF-8 text (invalid start byte)\n"
     )
+
+
+def test_a_flag_file_whose_name_is_none_is_one_line(tmp_path):
+    (tmp_path / "flags").write_bytes(b"--flagfile=a\0b")
+    result = run(f"--flagfile={tmp_path / 'flags'}")
+    assert result.returncode == 2
+    assert result.stderr == ("error: what --flagfile names cannot be opened (embedded null byte)\n")
 
 
 def test_a_good_run_prints_only_its_own_lines():

@@ -99,7 +99,8 @@ def test_a_downloaded_model_of_links_is_merged_whole(tmp_path):
         "feature_extractor": ["transformers", "CLIPImageProcessor"],
     }
     (source / "model_index.json").unlink()
-    (source / "model_index.json").write_text(json.dumps(index))
+    # With the mark that some editors put in front.
+    (source / "model_index.json").write_text(json.dumps(index), encoding="utf-8-sig")
 
     output = tmp_path / "merged"
     output.mkdir()

@@ -8,6 +8,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -36,15 +37,16 @@ def initialize() -> None:
     free port there, as HOST:PORT; JAX_NUM_PROCESSES; and JAX_PROCESS_ID, from 0 on.
 
     Raises:
-        UserError: some of the variables are there and others not, or they are no numbers.
+        UserError: some of the variables are there and others not, or one cannot be what it says.
     """
     given = [name for name in (ADDRESS, COUNT, ID) if os.environ.get(name)]
     # JAX's own would take SIGTERM over.
     jax.config.update("jax_enable_preemption_service", False)
     if given:
+        num_processes, process_id = _read_variables(given)
         jax.distributed.initialize(
-            num_processes=_read_number(COUNT, given),
-            process_id=_read_number(ID, given),
+            num_processes=num_processes,
+            process_id=process_id,
             cluster_detection_method="deactivate",
             heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT_SECONDS,
         )
@@ -55,14 +57,24 @@ def initialize() -> None:
             jax.distributed.initialize(heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT_SECONDS)
 
 
-def _read_number(name: str, given: list[str]) -> int:
+def _read_variables(given: list[str]) -> tuple[int, int]:
+    """How many processes take part, and which this one is."""
     missing = [other for other in (ADDRESS, COUNT, ID) if other not in given]
     if missing:
         raise UserError(f"{', '.join(given)} is set without {', '.join(missing)}; set all or none")
-    try:
-        return int(os.environ[name])
-    except ValueError as error:
-        raise UserError(f"{name}={os.environ[name]!r} must be a number") from error
+    address = os.environ[ADDRESS]
+    match = re.fullmatch(r"[!-~]+:(\d{1,5})", address, re.ASCII)
+    if match is None or not 0 < int(match[1]) < 2**16:
+        raise UserError(f"{ADDRESS}={address!r} must be HOST:PORT, with a port from 1 to 65535")
+    count = _read_number(COUNT, 1, 2**31 - 1)
+    return count, _read_number(ID, 0, count - 1)
+
+
+def _read_number(name: str, least: int, most: int) -> int:
+    text = os.environ[name]
+    if not re.fullmatch(r"\d{1,10}", text, re.ASCII) or not least <= int(text) <= most:
+        raise UserError(f"{name}={text!r} must be a number from {least} to {most}")
+    return int(text)
 
 
 def on_every_host(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:

@@ -43,7 +43,7 @@ class HubName:
     @classmethod
     def parse(cls, name: str) -> "HubName | None":
         """The parts of `name`, or None where it is no such name."""
-        match = _NAME.fullmatch(name)
+        match = _NAME.fullmatch(name) if name.isprintable() else None
         return cls(**match.groupdict()) if match else None
 
     def __str__(self) -> str:

@@ -64,10 +64,13 @@ def locate_model(
             )
         return folder, None
     # Of a name that is too long, or of nobody's home, these say no where Path raises.
-    path = Path(os.path.expanduser(model))
+    try:
+        path = os.path.expanduser(model)
+    except ValueError:  # No user has half of a surrogate pair in its name.
+        path = str(model)
     if os.path.exists(path):
-        return path, None
-    before, _, variant = str(path).rpartition(":")
+        return Path(path), None
+    before, _, variant = path.rpartition(":")
     if variant and os.path.isdir(before):
         return Path(before), variant
     name = hub.HubName.parse(str(model))

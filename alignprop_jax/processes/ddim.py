@@ -36,7 +36,7 @@ _SCHEMA = {
     "beta_schedule": one_of("linear", "scaled_linear", "squaredcos_cap_v2"),
     "trained_betas": optional(list_of(number(0, 1), 2, _MOST_TIMESTEPS)),
     "clip_sample": _FLAG,
-    "clip_sample_range": optional(number(0, 1e6, default=1.0)),
+    "clip_sample_range": optional(number(1e-6, 1e6, default=1.0)),
     "set_alpha_to_one": _FLAG,
     "steps_offset": optional(integer(0, _MOST_TIMESTEPS, default=0)),
     "prediction_type": one_of("epsilon", "v_prediction", "sample"),

@@ -69,6 +69,7 @@ def restore(directory: epath.PathLike, step: int | None = None) -> dict[str, Any
     path = directory.resolve() / str(steps[-1] if step is None else step)
     from orbax.checkpoint import v1 as ocp
 
+    _quieten_orbax()
     try:
         arrays = jax.tree.map(lambda saved: np.empty(0, saved.dtype), ocp.metadata(path).metadata)
         return ocp.load(path, arrays)
@@ -240,7 +241,7 @@ def _cannot_be_read(path: epath.Path, error: Exception, earlier: bool = True) ->
 
 
 def _quieten_orbax() -> None:
-    """Leaves out the traces of threads that cannot write: the next call raises the error itself."""
+    """Leaves out the traces of threads that cannot go on: the next call raises the error itself."""
     absl = logging.getLogger("absl")
     if _is_not_of_orbax in absl.filters:
         return
@@ -249,16 +250,17 @@ def _quieten_orbax() -> None:
     show = sys.unraisablehook
 
     def show_all_but_closed_loops(ignored) -> None:
-        # TensorStore tells asyncio of writes that nobody waits for any more.
+        # TensorStore tells asyncio, or uvloop, of what nobody waits for any more.
         trace = ignored.exc_traceback
-        if trace is None or trace.tb_frame.f_code.co_name != "call_soon_threadsafe":
+        if trace is None or "call_soon_threadsafe" not in trace.tb_frame.f_code.co_name:
             show(ignored)
 
     sys.unraisablehook = show_all_but_closed_loops
 
 
 def _is_not_of_orbax(record: logging.LogRecord) -> bool:
-    return "/orbax/" not in f"{record.pathname} {record.getMessage()}"
+    text = f"{record.pathname} {record.getMessage()} {record.exc_info and record.exc_info[1]}"
+    return "/orbax/" not in text and "tensorstore" not in text
 
 
 def _is_typed_key(leaf: jax.Array) -> bool:

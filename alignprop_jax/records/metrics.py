@@ -15,11 +15,13 @@ from etils import epath
 
 from alignprop_jax.devices.distributed import on_main
 from alignprop_jax.errors import UserError, note
-from alignprop_jax.inputs.foreign_json import Schema, read_fields
+from alignprop_jax.inputs.foreign_json import Schema, number, optional, read_fields
 from alignprop_jax.loading.buckets import in_bucket
 from alignprop_jax.loading.whole_file import sync, whole_file
 
 Record = dict[str, Any]
+
+_SCORE = optional(number(-1e300, 1e300))
 
 
 class JsonLines:
@@ -33,7 +35,8 @@ class JsonLines:
 
         Args:
             path: where it is.
-            schema: keys that every record has; a line without them is a damaged one.
+            schema: keys that every record has; a line without them is a damaged one. So is one
+                with a key NAME_mean, of a score, that is neither a number nor null.
         """
         self._path = epath.Path(path)
         self._schema = schema or {}
@@ -65,10 +68,10 @@ class JsonLines:
             return []
         records, damaged = [], []
         *lines, last = self._path.read_bytes().split(b"\n")
-        for number, line in enumerate(lines, start=1):
+        for index, line in enumerate(lines, start=1):
             record = self._parse(line)
             if record is None:
-                damaged.append(number)
+                damaged.append(index)
             else:
                 records.append(record)
         record = self._parse(last)
@@ -96,7 +99,8 @@ class JsonLines:
             record = json.loads(line)
             if not isinstance(record, dict):
                 return None
-            read_fields(record, self._schema)
+            means = {key: _SCORE for key in record if key.endswith("_mean")}
+            read_fields(record, {**means, **self._schema})
         except (ValueError, RecursionError, UserError):
             return None
         return record

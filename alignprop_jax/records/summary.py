@@ -7,6 +7,7 @@ import sys
 import numpy as np
 from ml_collections import ConfigDict
 
+from alignprop_jax.errors import one_line
 from alignprop_jax.prompts.splits import TRAIN, UNSEEN
 from alignprop_jax.records.metrics import Record
 from alignprop_jax.records.workdir import Workdir
@@ -61,11 +62,12 @@ def describe_result(workdir: Workdir) -> str:
         f"; {judge} {_in_its_unit(judge, before)} -> {_in_its_unit(judge, after)}"
         for judge, (before, after) in judgements(workdir, summary["steps"]).items()
     )
-    return (
+    return one_line(
         f"reward {rise('reward')} on the prompts trained on, {rise('unseen')} on unseen ones, "
         f"after {summary['steps']} steps{judged}; "
         f"pictures in {workdir.images}, "
-        + (f"UNet in {workdir.unet}" if workdir.unet.exists() else f"LoRA in {workdir.lora}")
+        + (f"UNet in {workdir.unet}" if workdir.unet.exists() else f"LoRA in {workdir.lora}"),
+        most=10_000,
     )
 
 

@@ -26,7 +26,8 @@ def gather(runs: Sequence[Run], baseline: str = BASELINE) -> dict[str, Any]:
         score, "mean", "std", "low" and "high" over the seeds at each, and "final" and "best" of the
         reward; "queries_to_baseline", "speedup" (how many times fewer queries than the baseline
         needs to its best mean reward on the prompts trained on; None where it is never reached),
-        seconds_per_step, peak_rss_gb, and the number of seeds. Seconds leave out compilation and
+        seconds_per_step and peak_rss_gb, which are None where a summary has none, and the number
+        of seeds. Seconds leave out compilation and
         evaluation.
     """
     grouped: dict[str, dict[str, list[Run]]] = collections.defaultdict(dict)
@@ -55,8 +56,8 @@ def _curves_of_method(runs: Sequence[Run]) -> dict[str, Any]:
         "seeds": len(runs),
         "queries": [step * runs[0].queries_per_step for step in steps],
         "seconds": np.mean([curve["seconds"] for curve in per_seed], 0).tolist(),
-        "seconds_per_step": float(np.mean(_known(summaries, "seconds_per_step"))),
-        "peak_rss_gb": float(np.max(_known(summaries, "peak_rss_gb"))),
+        "seconds_per_step": _number(np.mean(_known(summaries, "seconds_per_step"))),
+        "peak_rss_gb": _number(np.max(_known(summaries, "peak_rss_gb"))),
     }
     for split in (TRAIN, UNSEEN):
         scores = per_seed[0][split]
@@ -101,11 +102,11 @@ def _curves_of_run(
     elapsed = np.concatenate([[0.0], np.cumsum(seconds)])
     curves: dict[str, Any] = {"steps": steps, "seconds": [float(elapsed[step]) for step in steps]}
     for split in (TRAIN, UNSEEN):
-        names = [
+        names = dict.fromkeys(
             name.removesuffix("_mean")
-            for name in evaluations[steps[0]][split]
+            for name in ("reward_mean", *evaluations[steps[0]][split])
             if name.endswith("_mean")
-        ]
+        )
         curves[split] = {
             score_name(name): [evaluations[s][split].get(f"{name}_mean") for s in steps]
             for name in names
@@ -118,10 +119,12 @@ def spread_over_seeds(curves: Sequence[Sequence[float | None]]) -> dict[str, lis
     values = np.array([[np.nan if v is None else v for v in curve] for curve in curves], float)
     std = values.std(0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1])
     columns = {"mean": values.mean(0), "std": std, "low": values.min(0), "high": values.max(0)}
-    return {
-        name: [float(v) if np.isfinite(v) else None for v in column]
-        for name, column in columns.items()
-    }
+    return {name: [_number(v) for v in column] for name, column in columns.items()}
+
+
+def _number(value: Any) -> float | None:
+    """As JSON and pages have it: None for what is not finite."""
+    return float(value) if np.isfinite(value) else None
 
 
 def _compare_with(curves: dict[str, dict[str, Any]], baseline: str) -> None:
@@ -161,7 +164,9 @@ def table(results: Mapping[str, Any]) -> str:
             cells = [name, _last(method[TRAIN]["reward"]), _last(unseen["reward"]), f"{best:.2f}"]
             cells.append(f"{speedup:.1f}x" if speedup else "-")
             cells += [_last(unseen[judge]) if judge in unseen else "-" for judge in judges]
-            cells += [f"{method['seconds_per_step']:.2f}", f"{method['peak_rss_gb']:.1f}"]
+            seconds, memory = method["seconds_per_step"], method["peak_rss_gb"]
+            cells.append("-" if seconds is None else f"{seconds:.2f}")
+            cells.append("-" if memory is None else f"{memory:.1f}")
             lines.append(_row(cells))
         lines.append("")
     return "\n".join(lines)

@@ -165,6 +165,20 @@ def test_variables_say_who_takes_part(initialized, monkeypatch):
     with pytest.raises(UserError, match="JAX_NUM_PROCESSES is set without JAX_PROCESS_ID"):
         distributed.initialize()
     monkeypatch.setenv(distributed.ID, "three")
+    for number in ("three", "4", "-1", "1_0", "\u0663", "9" * 5000):
+        monkeypatch.setenv(distributed.ID, number)
+        with pytest.raises(UserError, match=f"JAX_PROCESS_ID='{number[:3]}.* a number from 0 to 3"):
+            distributed.initialize()
+    monkeypatch.setenv(distributed.COUNT, "0")
+    with pytest.raises(UserError, match="JAX_NUM_PROCESSES='0' must be a number from 1 to"):
+        distributed.initialize()
+    for address in ("host", "host:", ":1", "a host:1", "host:0", "host:65536", "host:\u0663"):
+        monkeypatch.setenv(distributed.ADDRESS, address)
+        with pytest.raises(UserError, match=f"JAX_COORDINATOR_ADDRESS='{address}' must be HOST:"):
+            distributed.initialize()
+    monkeypatch.setenv(distributed.ADDRESS, "host:1234")
+    monkeypatch.setenv(distributed.COUNT, "4")
+    monkeypatch.setenv(distributed.ID, "three")
     with pytest.raises(UserError, match="JAX_PROCESS_ID='three' must be a number"):
         distributed.initialize()
     monkeypatch.setenv(distributed.ID, "3")

@@ -67,7 +67,7 @@ def work(name: str, seed: int, first: int, last: int) -> None:
 def encode(value: Any) -> Any:
     """An input as JSON can hold it."""
     if isinstance(value, bytes):
-        return {"base64": base64.b64encode(value[: 2**20]).decode("ascii")}
+        return {"base64": base64.b64encode(value[: 2**22]).decode("ascii")}
     if isinstance(value, dict):
         return {"files": {name: encode(content) for name, content in value.items()}}
     return [encode(item) for item in value] if isinstance(value, list) else value

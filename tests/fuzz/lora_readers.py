@@ -120,9 +120,9 @@ def lora_file(folder: Path) -> Reader:
         kept = headers["ours"]["lora_adapter_metadata"]
         header = json.loads(value[name][8 : 8 + int.from_bytes(value[name][:8], "little")])
         said = (header.get("__metadata__") or {}).get("lora_adapter_metadata")
-        _check_lora(result[0], value[name], compare=said in (None, kept))
+        _check_lora(result[0]["unet"], value[name], compare=said in (None, kept))
 
-    return contents.reader(draw, lambda f: load_lora(f / name, shapes), check)
+    return contents.reader(draw, lambda f: load_lora(f / name, {"unet": shapes}), check)
 
 
 @reader()
@@ -144,8 +144,8 @@ def lora_adapter(folder: Path) -> Reader:
 
     return contents.reader(
         draw,
-        lambda f: load_lora(f, shapes),
-        lambda value, result: _check_lora(result[0], b"", compare=False),
+        lambda f: load_lora(f, {"unet": shapes}),
+        lambda value, result: _check_lora(result[0]["unet"], b"", compare=False),
     )
 
 

@@ -35,9 +35,11 @@ from alignprop_jax.loading.hub import HubName
 from alignprop_jax.lora.mixing import define_lora_flags, parse_timesteps
 from alignprop_jax.pages import comparison as comparison_page
 from alignprop_jax.pages import sweep as sweep_page
+from alignprop_jax.pages.sweep import lora_name
 from alignprop_jax.planning.topology import Topology
 from alignprop_jax.prompts.objects import prompt_objects
 from alignprop_jax.prompts.reading import load_prompts
+from alignprop_jax.records.places import name_of
 from alignprop_jax.rewards import count, remove
 from alignprop_jax.rewards.user import load_user_reward
 from alignprop_jax.runs.recipes import REWARDS, SETTINGS, full_size_config
@@ -264,7 +266,9 @@ def hub_name(folder: Path) -> Reader:
             same(str(name), text, "the name")
             assert text.isprintable(), repr(text)
         else:
-            assert Path(text).expanduser().is_dir() or text == "emoji", f"opened {name}"
+            path = os.path.expanduser(text)
+            folders = (path, path.rpartition(":")[0])
+            assert text == "emoji" or any(map(os.path.isdir, folders)), f"opened {name}"
 
     valid = (
         "owner/name",
@@ -526,14 +530,16 @@ def page_of_sweep(folder: Path) -> Reader:
     def texts_of(data: Any) -> list[str]:
         names = [score["name"].removeprefix("reward/") for score in data["scores"][1:]]
         model = data["model"]
-        return [*data["prompts"], data["loras"][0]["file"], names[0], names[1][:-1], model]
+        return [*data["prompts"], data["loras"][0]["name"], names[0], names[1][:-1], model]
 
     made = _page_reader(folder, write, texts_of)
 
     def draw(random: Random) -> Case:
         story, texts = made.draw(random)
-        # Of the model the last part of the path is shown.
-        return Case(story, [*texts[:5], Path(texts[5].replace("\0", "")).name])
+        # Of what is a path, the last part is shown.
+        texts[2], texts[3], texts[5] = lora_name(texts[2]), name_of(texts[3]), name_of(texts[5])
+        texts[4] = name_of(texts[4] + "2")[:-1]
+        return Case(story, texts)
 
     return Reader(draw, made.read, made.valid, made.check)
 
@@ -555,4 +561,10 @@ def page_of_comparison(folder: Path) -> Reader:
         ((name, values),) = methods.items()
         return [data["baseline"], reward, name, values["x"], *data["pictures"], data["model"]]
 
-    return _page_reader(folder, write, texts_of)
+    made = _page_reader(folder, write, texts_of)
+
+    def draw(random: Random) -> Case:
+        story, texts = made.draw(random)
+        return Case(story, [*texts[:5], name_of(texts[5])])
+
+    return Reader(draw, made.read, made.valid, made.check)

@@ -164,7 +164,7 @@ def open_clip_file(folder: Path) -> Reader:
 
 
 def _ldm(family: str) -> dict[str, np.ndarray]:
-    """The tensors of a single file in the layout of the original code, bytes for floats."""
+    """The tensors of a single file in the layout of the original code."""
     import diffusers
     import transformers
 
@@ -210,7 +210,7 @@ def _ldm(family: str) -> dict[str, np.ndarray]:
         parts["text_encoder_2"] = transformers.CLIPTextModelWithProjection(text(1))
     generator = np.random.default_rng(0)
     return {
-        name: generator.integers(0, 9, tuple(tensor.shape), np.uint8)
+        name: generator.integers(0, 9, tuple(tensor.shape)).astype(np.float16)
         for name, tensor in to_ldm(family, parts).items()
     }
 

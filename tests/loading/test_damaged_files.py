@@ -181,7 +181,9 @@ def test_an_open_clip_of_other_shapes(tmp_path, name, shape):
     assert read_shapes(path)[name] == shape
 
 
-@pytest.mark.parametrize("name", ["x" * 5000, "nul\0byte", "~nobody/model", "a:b", ":"])
+@pytest.mark.parametrize(
+    "name", ["", "x" * 5000, "nul\0byte", "~nobody/model", "~\ud800", "a:b", ":", "./folder:"]
+)
 def test_names_of_no_model(name):
     with pytest.raises(UserError, match="no such folder or file; a model is"):
         open_model(name)

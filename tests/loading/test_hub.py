@@ -157,7 +157,10 @@ def test_names_are_read_and_written(name, parts):
     assert str(parsed) == name
 
 
-@pytest.mark.parametrize("name", ["name", "/owner/name", "../name", "owner/name@", "owner/na me"])
+@pytest.mark.parametrize(
+    "name",
+    ["name", "/owner/name", "../name", "owner/name@", "owner/na me", "a/b@v1\x0c", "a/b/\x1b.pt"],
+)
 def test_other_names_are_none(name):
     assert HubName.parse(name) is None
 

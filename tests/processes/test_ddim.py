@@ -261,6 +261,12 @@ def test_every_ill_typed_value_is_one_line_that_names_it(key):
         assert key in message and len(message) < 400 and "\n" not in message, message
 
 
+def test_a_range_of_nothing_is_refused():
+    for number in (0, 0.0, -1):
+        with pytest.raises(UserError, match=f"clip_sample_range={number} is not supported"):
+            DDIMScheduler.from_config({"clip_sample_range": number})
+
+
 def test_null_is_false_or_the_default():
     nulls = dict.fromkeys(("clip_sample", "set_alpha_to_one", "steps_offset", "trained_betas"))
     scheduler = DDIMScheduler.from_config(nulls)

@@ -1,7 +1,11 @@
+import json
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from alignprop_jax.evaluation.diversity import mean_distances
+from alignprop_jax.records.workdir import Workdir
 from alignprop_jax.trials import results
 
 
@@ -49,3 +53,26 @@ def test_diversity_is_the_mean_of_all_pairs_of_a_prompt():
 
 def test_samples_that_are_all_one_have_none():
     assert mean_distances(np.ones((3, 4)), np.zeros(3, int)) == pytest.approx(0, abs=1e-6)
+
+
+def test_what_the_records_do_not_say_is_null_and_a_dash(tmp_path):
+    workdir = Workdir(tmp_path)
+    workdir.metrics.append({"step": 1, "step_seconds": 0.5})
+    for step in (0, 1):
+        for split in ("train", "unseen"):
+            workdir.evaluations.append({"step": step, "split": split, "n": 1, "glossy_mean": 0.5})
+    unknown = dict.fromkeys(("seconds_per_step", "peak_rss_gb", "reward_before", "reward_after"))
+    workdir.save_summary({"steps": 1, **unknown})
+    run = SimpleNamespace(
+        reward="redness",
+        path=tmp_path,
+        method=SimpleNamespace(name="ddpo"),
+        config=SimpleNamespace(train=SimpleNamespace(num_steps=1)),
+        queries_per_step=2,
+        is_finished=lambda: True,
+    )
+    gathered = results.gather([run])
+    json.dumps(gathered, allow_nan=False)
+    assert gathered["rewards"]["redness"]["ddpo"]["peak_rss_gb"] is None
+    row = results.table(gathered).splitlines()[-1]
+    assert row == "| ddpo | - | - | nan | - | 0.50 ± 0.00 | - | - |"
