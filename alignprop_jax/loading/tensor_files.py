@@ -108,9 +108,14 @@ def read_tensors(path: str | Path, prefix: str = "") -> Iterator[tuple[str, np.n
     Raises:
         UserError: a file is absent, cut or no such file, or takes PyTorch, which is missing.
     """
-    for file in _shards(Path(path)):
-        read = read_safetensors if file.suffix == ".safetensors" else read_pickle
-        yield from read(file, prefix)
+    path = Path(path)
+    places = {} if path.suffix != ".json" else read_json_fields(path, _INDEX)["weight_map"]
+    for file in sorted(set(places.values())) or [path.name]:
+        read = read_safetensors if file.endswith(".safetensors") else read_pickle
+        for name, tensor in read(path.with_name(file), prefix):
+            # Files may share a tensor. Then the index tells which of them counts.
+            if places.get(name, file) == file:
+                yield name, tensor
 
 
 def read_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
@@ -133,13 +138,6 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     """The free entries of a safetensors file's header; UserErrors as for `read_safetensors`."""
     with _open(path) as file:
         return dict(file.metadata() or {})
-
-
-def _shards(path: Path) -> list[Path]:
-    if path.suffix != ".json":
-        return [path]
-    names = read_json_fields(path, _INDEX)["weight_map"].values()
-    return [path.with_name(name) for name in sorted(set(names))]
 
 
 def _get_tensor(file: Any, name: str, path: str | Path) -> np.ndarray:
