@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import fsspec
 from etils import epath
+from fsspec.implementations.local import LocalFileSystem
 
 from alignprop_jax.devices.distributed import from_main, is_main
 from alignprop_jax.errors import UserError
@@ -154,15 +155,17 @@ class ObjectLock:
     def release(self) -> None:
         with self._at_work:
             self._released.set()
-            if self._record and self._is_ours(self._read()):
-                self._files.rm_file(self._path)
+            # Somebody may have removed it by hand.
+            with contextlib.suppress(FileNotFoundError):
+                if self._record and self._is_ours(self._read()):
+                    self._files.rm_file(self._path)
             self._record = {}
 
     def _create(self) -> Record | None:
         while True:
             with contextlib.suppress(FileNotFoundError):  # It was released meanwhile: again.
                 try:
-                    self._files.pipe_file(self._path, _encode(self._record), mode="create")
+                    self._write_first()
                     return None
                 except FileExistsError:
                     holder = self._wait_for_a_sign()
@@ -211,6 +214,15 @@ class ObjectLock:
             return dict(json.loads(self._files.cat_file(self._path)))
         except ValueError:
             return {}
+
+    def _write_first(self) -> None:
+        """Writes where nothing is; raises FileExistsError where another was first."""
+        if isinstance(self._files, LocalFileSystem):
+            # fsspec's own way looks first and writes then, so that two may find nothing there.
+            with open(self._path, "xb") as file:
+                file.write(_encode(self._record))
+        else:
+            self._files.pipe_file(self._path, _encode(self._record), mode="create")
 
     def _write(self) -> None:
         self._files.pipe_file(self._path, _encode(self._record))

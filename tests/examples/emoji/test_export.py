@@ -133,7 +133,7 @@ def test_clip_is_that_of_transformers(folder):
     with torch.no_grad():
         expected = peer(tokens.input_ids, torch.from_numpy(pixel_values)).logits_per_image.numpy()
 
-    preprocess = CLIPPreprocessor.from_folder(folder / "clip")
+    preprocess = CLIPPreprocessor.from_folder(folder / "clip", 64)
     ours = preprocess(jnp.asarray(pictures / 255, jnp.float32))
     np.testing.assert_allclose(ours, pixel_values.transpose(0, 2, 3, 1), atol=1e-5)
     # Training makes pixel values without the preprocessor.
