@@ -344,7 +344,7 @@ def method(folder: Path) -> Reader:
             if key != "reward":
                 assert given == value, f"{key} is {given!r}, not {value!r}"
 
-    culprits = ["method", "config."]
+    culprits = ["method", "config.", "truncation."]
     return Reader(draw, read, "ddpo sampler.eta=1.0", check, lambda text: culprits)
 
 
