@@ -29,12 +29,12 @@ from alignprop_jax.devices.distributed import on_every_host, on_main
 from alignprop_jax.errors import UserError, run_program
 from alignprop_jax.generators.load import load_generator
 from alignprop_jax.inputs.flag_types import define_number
+from alignprop_jax.loading.whole_file import whole_file
 from alignprop_jax.lora.adapters import factors_of_network
 from alignprop_jax.lora.mixing import NO_LORA, LoraMix, define_lora_flags
 from alignprop_jax.prompts.reading import load_prompts
 from alignprop_jax.records.images import save_images
 from alignprop_jax.records.progress import progress_bar
-from alignprop_jax.records.whole_file import whole_file
 
 
 def sample(

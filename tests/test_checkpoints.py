@@ -234,7 +234,7 @@ def test_what_is_no_checkpoint_is_left_alone(tmp_path):
     checkpoints.close()
     assert restore(tmp_path / "run")["step"] == 1
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="file cannot be used .*; remove it if it is no folder"):
+    with pytest.raises(UserError, match="file is no folder; remove it, or give another"):
         Checkpoints(tmp_path / "file", fingerprint(), 2)
 
 

@@ -68,7 +68,7 @@ def test_the_run_of_another_model_is_refused(config, workdir):
     contents = json.loads((workdir / "contents.json").read_text())
     (workdir / "contents.json").write_text(json.dumps(contents | {"model": "0123"}))
     config.prompts = config.eval_prompts
-    with pytest.raises(UserError, match="config.model=.* names something else than when it began"):
+    with pytest.raises(UserError, match="config.model=.* names has changed since it began"):
         evaluate(config, workdir, NO_LORA, scorers={})
     (workdir / "contents.json").unlink()
     saved = json.loads((workdir / "config.json").read_text())

@@ -30,14 +30,14 @@ def test_prompts_are_encoded_as_transformers_does(loaded, nano_config):
     train, unseen = loaded.splits["train"], loaded.splits["unseen"]
     assert train.prompts == ["a dog", "a cow", "a dog"] and unseen.prompts == ["a cow"]
     np.testing.assert_allclose(
-        train.table.conditioning.hidden_states, expected(train.prompts), atol=1e-4
+        train.table.encoded.hidden_states, expected(train.prompts), atol=1e-4
     )
     np.testing.assert_allclose(
-        unseen.table.conditioning.hidden_states, expected(unseen.prompts), atol=1e-4
+        unseen.table.encoded.hidden_states, expected(unseen.prompts), atol=1e-4
     )
-    np.testing.assert_allclose(train.table.uncond.hidden_states, expected(["bad"]), atol=1e-4)
+    np.testing.assert_allclose(train.table.negative.hidden_states, expected(["bad"]), atol=1e-4)
     np.testing.assert_array_equal(
-        unseen.table.uncond.hidden_states, train.table.uncond.hidden_states
+        unseen.table.negative.hidden_states, train.table.negative.hidden_states
     )
 
 

@@ -146,7 +146,9 @@ def test_topologies_that_are_none(text):
 
 @pytest.mark.parametrize("case", ["", "x", "-1", "21", "1.0", "٣", "9" * 5000])
 def test_cases_that_are_none(case):
-    with pytest.raises(UserError, match=f"--cases={case}: give sample, or a first step of 0 to 20"):
+    with pytest.raises(
+        UserError, match=f"--cases={case[:9]}.*: give sample, or a first step of 0 to 20"
+    ):
         first_step(case, 20)
     assert (first_step("sample", 20), first_step("20", 20)) == (None, 20)
 

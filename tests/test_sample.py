@@ -133,14 +133,14 @@ def test_half_and_double_precision_is_noise_too(tmp_path):
 
 def test_a_sample_that_is_not_finite_is_an_error(nano_config, monkeypatch):
     """A decoder whose bias is NaN, as weights that overflow are."""
-    load = sample_module.load_stable_diffusion
+    load = sample_module.load_generator
 
     def load_overflown(model, **options):
-        sd, params, tokenizers = load(model, **options)
-        params["vae"]["decoder"]["conv_out"]["bias"] *= np.nan
-        return sd, params, tokenizers
+        loaded = load(model, **options)
+        loaded.params["vae"]["decoder"]["conv_out"]["bias"] *= np.nan
+        return loaded
 
-    monkeypatch.setattr(sample_module, "load_stable_diffusion", load_overflown)
+    monkeypatch.setattr(sample_module, "load_generator", load_overflown)
     with pytest.raises(UserError, match='of 2 samples 2 are NaN or infinite: "a cat", "a dog on'):
         sample(str(nano_config.parent / "model"), PROMPTS, num_steps=2, batch_size=2)
 

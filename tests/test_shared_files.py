@@ -23,6 +23,7 @@ from alignprop_jax.pages import comparison as page
 from alignprop_jax.pages.sweep import lora_name, write_page
 from alignprop_jax.records.metrics import write_json
 from alignprop_jax.records.places import name_of, score_name
+from alignprop_jax.records.workdir import Workdir
 from alignprop_jax.runs.trained_weights import describe
 from alignprop_jax.trials import results
 from alignprop_jax.trials.methods import Method
@@ -150,15 +151,16 @@ def test_scores_of_a_comparison(home, tmp_path):
     run = Run("fast", Method("ddpo", "ddpo"), 0, home / "run", config_of(home), ("python",))
     run.path.mkdir()
     score = f"reward/{home}/art/rewards.py:redness"
-    lines = [
-        json.dumps({"step": 0, "split": split, "reward_mean": 1.0, f"{score}_mean": 2.0})
-        for split in ("train", "unseen")
-    ]
-    (run.path / "eval.jsonl").write_text("\n".join(lines) + "\n")
-    config = run.config
-    summary = {"steps": config.train.num_steps, "seconds_per_step": 1.0, "peak_rss_gb": 1.0}
+    num_steps = run.config.train.num_steps
+    scores = {"n": 1, "reward_mean": 1.0, f"{score}_mean": 2.0}
+    summary = {"steps": num_steps, "seconds_per_step": 1.0, "peak_rss_gb": 1.0}
     (run.path / "summary.json").write_text(json.dumps(summary))
-    (run.path / "metrics.jsonl").write_text("")
+    workdir = Workdir(run.path)
+    for step in (0, num_steps):
+        for split in ("train", "unseen"):
+            workdir.evaluations.append({"step": step, "split": split, **scores})
+    for step in range(1, num_steps + 1):
+        workdir.metrics.append({"step": step, "step_seconds": 1.0})
     found = results.gather([run])
     assert found["rewards"]["fast"]["ddpo"]["train"].keys() == {
         "reward",

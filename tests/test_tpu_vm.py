@@ -296,6 +296,16 @@ def test_preempted_slice_is_replaced_and_the_command_started_again(cloud, option
     assert (cloud.slice / "0/secrets_seen.txt").read_text() == ",".join(SECRETS.values()) + "\n"
 
 
+def test_a_signal_that_comes_with_a_preemption_is_no_failure(cloud):
+    """The run ends with 143 both times: as its slice goes, and then on one that is healthy."""
+    (cloud.path / "exit_code").write_text("143")
+    (cloud.path / "preempt").touch()
+    result = cloud.launch("up", *SLICE, "--", *TRAIN)
+    assert "# restart 1 of at most 10" in result.stdout
+    assert "# restart 2" not in result.stdout
+    assert "error: the command exited 143 on worker 0 of tune" in result.stderr
+
+
 def test_restarts_are_bounded(cloud):
     (cloud.path / "preempt").touch()
     result = cloud.launch("up", *SLICE, "--max_restarts=0", "--", *TRAIN)

@@ -317,6 +317,8 @@ def test_ten_steps_without_a_gradient_stop_the_run(config, finished_run, finishe
     config.train.num_steps = 30
     # Each step multiplies the factors by a million, until the samples are NaN.
     config.train.learning_rate = config.train.weight_decay = 1000.0
+    # An evaluation on the way would stop at samples that are NaN.
+    config.evaluation.every = config.logging.image_every = config.checkpoint.keep_best = 0
     with pytest.raises(UserError, match="10 steps in a row, up to step .*step 8 is kept") as caught:
         train(config, finished_copy)
     metrics = nano_run.read_records(finished_copy / "metrics.jsonl")

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 
 from alignprop_jax.errors import UserError, require_file
 from alignprop_jax.inputs.foreign_json import Field, mapping_of, read_json_fields
-from alignprop_jax.loading.buckets import in_bucket
 from alignprop_jax.loading.torch_file import read_pickle, read_pickle_shapes
+from alignprop_jax.loading.whole_file import whole_file
 
 _DTYPES = {
     "bool": "BOOL",
@@ -60,16 +59,11 @@ def write_safetensors(
     """Writes named arrays to a disk or a bucket; UserError where the file cannot be written."""
     # transformers refuses a file whose header does not name the framework.
     parts = _serialize(tensors, {"format": "pt", **(metadata or {})})
-    if in_bucket(path):
-        epath.Path(path).write_bytes(b"".join(parts))
-        return
-    path = Path(path)
-    partial = path.with_name(f"{path.name}.partial")
+    path = epath.Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
+        with whole_file(path) as file:
             file.writelines(parts)
-        os.replace(partial, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error})") from error
 
@@ -114,9 +108,14 @@ def read_tensors(path: str | Path, prefix: str = "") -> Iterator[tuple[str, np.n
     Raises:
         UserError: a file is absent, cut or no such file, or takes PyTorch, which is missing.
     """
-    for file in _shards(Path(path)):
-        read = read_safetensors if file.suffix == ".safetensors" else read_pickle
-        yield from read(file, prefix)
+    path = Path(path)
+    places = {} if path.suffix != ".json" else read_json_fields(path, _INDEX)["weight_map"]
+    for file in sorted(set(places.values())) or [path.name]:
+        read = read_safetensors if file.endswith(".safetensors") else read_pickle
+        for name, tensor in read(path.with_name(file), prefix):
+            # Files may share a tensor. Then the index tells which of them counts.
+            if places.get(name, file) == file:
+                yield name, tensor
 
 
 def read_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
@@ -139,13 +138,6 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     """The free entries of a safetensors file's header; UserErrors as for `read_safetensors`."""
     with _open(path) as file:
         return dict(file.metadata() or {})
-
-
-def _shards(path: Path) -> list[Path]:
-    if path.suffix != ".json":
-        return [path]
-    names = read_json_fields(path, _INDEX)["weight_map"].values()
-    return [path.with_name(name) for name in sorted(set(names))]
 
 
 def _get_tensor(file: Any, name: str, path: str | Path) -> np.ndarray:

@@ -12,7 +12,7 @@ from alignprop_jax.inputs.foreign_json import (
     mapping_of,
     number,
     optional,
-    read_fields,
+    read_json_fields,
     read_json_object,
     shorten,
 )
@@ -124,11 +124,7 @@ def _read_length(folder: Path) -> int | None:
     path = folder / _CONFIG
     if not path.is_file():
         return None
-    config = read_json_object(path)
-    try:
-        said = read_fields(config, _SCHEMA)["model_max_length"]
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+    said = read_json_fields(path, _SCHEMA)["model_max_length"]
     return None if said is None or said > _NO_LENGTH else int(said)
 
 

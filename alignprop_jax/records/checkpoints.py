@@ -17,7 +17,7 @@ from alignprop_jax.devices import sharding
 from alignprop_jax.devices.distributed import is_main
 from alignprop_jax.errors import UserError
 from alignprop_jax.loading.buckets import in_bucket
-from alignprop_jax.records.whole_file import sync
+from alignprop_jax.loading.whole_file import sync
 
 State = TypeVar("State")
 Fingerprint = dict[str, Any]
@@ -114,10 +114,9 @@ class Checkpoints:
         self._policy = policies.AnyPreservationPolicy([policies.LatestN(keep), best])
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
+        except FileExistsError as error:
             raise UserError(
-                f"{directory} cannot be used ({error.strerror}); remove it if it is no folder, or "
-                "give another --workdir"
+                f"{directory} is no folder; remove it, or give another --workdir"
             ) from error
         # Orbax copies what it is given, and of a method the object, too.
         asynchronous = ocp.options.AsyncOptions(post_finalization_callback=lambda: self._sync())

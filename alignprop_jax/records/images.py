@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from alignprop_jax.records.whole_file import whole_file
+from alignprop_jax.loading.whole_file import whole_file
 from alignprop_jax.rewards.pixels import to_uint8
 
 _SMALLEST, _LARGEST = 96, 256  # pixels across a tile: labels stay legible, files small

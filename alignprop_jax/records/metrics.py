@@ -17,7 +17,7 @@ from alignprop_jax.devices.distributed import on_main
 from alignprop_jax.errors import UserError, note
 from alignprop_jax.inputs.foreign_json import Schema, number, optional, read_fields
 from alignprop_jax.loading.buckets import in_bucket
-from alignprop_jax.records.whole_file import sync, whole_file
+from alignprop_jax.loading.whole_file import sync, whole_file
 
 Record = dict[str, Any]
 

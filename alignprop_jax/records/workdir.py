@@ -13,6 +13,7 @@ from alignprop_jax.config import to_json
 from alignprop_jax.devices.distributed import all_agree, from_main, is_main, on_main
 from alignprop_jax.errors import UserError, note
 from alignprop_jax.inputs.foreign_json import integer, number, optional, text
+from alignprop_jax.loading.whole_file import whole_file
 from alignprop_jax.lora.files import LORA_FILE
 from alignprop_jax.lora.kohya import KOHYA_FILE
 from alignprop_jax.records.metrics import (
@@ -22,7 +23,6 @@ from alignprop_jax.records.metrics import (
     write_atomically,
     write_json,
 )
-from alignprop_jax.records.whole_file import whole_file
 
 _STEP = {"step": integer(0, 2**53)}
 _SCORE = optional(number(-1e300, 1e300))

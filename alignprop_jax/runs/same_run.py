@@ -80,7 +80,7 @@ def contents_of_weights(experiment: Experiment) -> Contents:
 
     All processes have to call it.
     """
-    trees = {"model": experiment.params, "weights of the reward": experiment.reward.params}
+    trees = {"model": experiment.params, "network of the reward": experiment.reward.params}
     contents = {}
     for name, tree in trees.items():
         small = [leaf for leaf in jax.tree.leaves(tree) if leaf.size <= _LARGEST_LEAF]
@@ -165,10 +165,12 @@ def _find_problem(
         return f"{said}; give it another --workdir, or what it was again"
     for name, digest in contents.items():
         if known.get(name, digest) != digest:
-            what = f"config.{name}={config[name]!r} names" if name in config else f"the {name} are"
+            named = (
+                f"what config.{name}={config[name]!r} names" if name in config else f"the {name}"
+            )
             return (
-                f"{what} something else than when it began, in a file that has changed; give it "
-                "another --workdir, or the file as it was"
+                f"{named} has changed since it began; give it another --workdir, or the content "
+                "that it had"
             )
     return None
 

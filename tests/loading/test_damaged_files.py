@@ -187,3 +187,8 @@ def test_an_open_clip_of_other_shapes(tmp_path, name, shape):
 def test_names_of_no_model(name):
     with pytest.raises(UserError, match="no such folder or file; a model is"):
         open_model(name)
+
+
+def test_a_variant_without_a_name(tmp_path):
+    with pytest.raises(UserError, match="no such folder or file; a model is"):
+        open_model(f"{tmp_path}:")

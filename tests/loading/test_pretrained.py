@@ -398,7 +398,7 @@ def test_config_that_cannot_be_followed_is_refused_by_name(folder):
     with pytest.raises(UserError, match="gives 8 channels for 4; models that predict a variance"):
         load_stable_diffusion(folder)
     edit_config(unet, out_channels=4, sample_size=9)
-    with pytest.raises(UserError, match="sample_size is 9; its latents need a multiple of 2"):
+    with pytest.raises(UserError, match="sample_size=9 is no multiple of 2, which its levels need"):
         load_stable_diffusion(folder)
     load_stable_diffusion(folder, image_size=(16, 16))
     edit_config(unet, sample_size=8, in_channels=9)

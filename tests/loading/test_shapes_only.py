@@ -94,7 +94,7 @@ def test_a_run_at_full_size_is_known_without_weights(reward):
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
     assert experiment.generator.sample_shape == (512, 512, 3)
     table = experiment.splits["train"].table
-    assert table.conditioning.hidden_states.shape == (table.num_prompts, 77, 768)
+    assert table.encoded.hidden_states.shape == (table.num_prompts, 77, 768)
 
 
 def test_the_package_s_own_model_has_the_same_shapes_either_way():

@@ -1,5 +1,7 @@
 """Layers in a loop, against the same one by one; their weights and factors, against NumPy."""
 
+import json
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from alignprop_jax.errors import UserError
-from alignprop_jax.loading.weights import fill_params, load_params, save_params, to_state_dict
+from alignprop_jax.loading.weights import load_params, save_params, to_state_dict
 from alignprop_jax.lora.factors import adapt, init_lora, linear_shapes, merge_lora
 from alignprop_jax.nn.layers import Linear
 from alignprop_jax.nn.stacked_layers import EVERY, run_layers, single_layers
@@ -119,12 +121,17 @@ def test_files_have_a_tensor_a_layer(params, tmp_path):
         load_params(shapes, path)
 
 
-def test_a_tensor_that_comes_again_spoils_none_of_the_other_layers(params, monkeypatch):
-    monkeypatch.setattr(
-        "alignprop_jax.loading.weights._empty_aligned",
-        lambda shape, dtype: np.full(shape, np.nan, dtype),
-    )
-    tensors = list(to_state_dict(params).items())
+def test_of_a_tensor_in_two_files_the_index_tells_which_counts(params, tmp_path):
+    tensors = {name: np.ascontiguousarray(x) for name, x in to_state_dict(params).items()}
+    shared = "blocks.1.weight"
+    save_file(tensors, tmp_path / "a.safetensors")
+    save_file({shared: tensors[shared] + 1}, tmp_path / "b.safetensors")
     shapes = jax.eval_shape(lambda: params)
-    loaded = fill_params(shapes, [*tensors, tensors[1]], "two files that share a tensor")
-    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+    for file, more in (("a", 0), ("b", 1)):
+        index = {"weight_map": dict.fromkeys(tensors, "a.safetensors")}
+        index["weight_map"][shared] = f"{file}.safetensors"
+        index["weight_map"]["of.b"] = "b.safetensors"
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+        loaded = load_params(shapes, tmp_path / "model.safetensors.index.json")
+        wanted = tensors[shared].T + more
+        np.testing.assert_array_equal(loaded["blocks.*"]["kernel"][1], wanted)

@@ -11,11 +11,20 @@ import time
 import fsspec
 import pytest
 
+from alignprop_jax.compare import compare
+from alignprop_jax.config import load_config
 from alignprop_jax.devices import distributed
 from alignprop_jax.errors import UserError
+from alignprop_jax.evaluate import evaluate
+from alignprop_jax.lora.mixing import LoraMix
 from alignprop_jax.records import lock
 from alignprop_jax.records.lock import FileLock, ObjectLock, locked, open_lock
+from alignprop_jax.sweep import sweep
+from alignprop_jax.train import train
+from alignprop_jax.trials.runs import Budget
+from tests import nano_run
 
+BUDGET = Budget(queries=1000, evaluations=1)
 KINDS = {"file": FileLock, "object": ObjectLock}
 
 
@@ -188,6 +197,22 @@ def test_a_second_run_is_refused_in_one_line(tmp_path, hold):
         assert (tmp_path / ".lock").exists()
         raise ValueError
     assert not (tmp_path / ".lock").exists()
+
+
+@pytest.mark.parametrize("program", ["train", "evaluate", "sweep", "compare"])
+def test_what_writes_in_a_workdir_locks_it(program, nano_config, tmp_path, hold):
+    process = hold("file", tmp_path / ".lock")
+    config = load_config(str(nano_config))
+    calls = {
+        "train": lambda: train(config, tmp_path),
+        "evaluate": lambda: evaluate(config, tmp_path, LoraMix(("none",))),
+        "sweep": lambda: sweep(config, tmp_path, ["lora.safetensors"]),
+        "compare": lambda: compare(tmp_path, "configs/emoji.py", ["count"], ["ddpo"], 1, BUDGET),
+    }
+    before = nano_run.read_tree(tmp_path)
+    with pytest.raises(UserError, match=f"is in use by process {process.pid} on host "):
+        calls[program]()
+    assert nano_run.read_tree(tmp_path) == before
 
 
 def test_a_signal_takes_the_lock_away(tmp_path):

@@ -95,7 +95,9 @@ def test_another_name_for_the_same_content_is_no_change(config, workdir, tmp_pat
 def test_a_file_that_was_edited_is_refused(config, workdir, tmp_path, key, file):
     text = (tmp_path / file).read_text()
     (tmp_path / file).write_text(text + "a fox = 3\n")
-    with pytest.raises(UserError, match=f"config.{key}=.*{file}.* in a file that has changed"):
+    with pytest.raises(
+        UserError, match=f"what config.{key}=.*{file}.* names has changed since it began"
+    ):
         check(workdir, config)
     (tmp_path / file).write_text(text)
     check(workdir, config)
@@ -138,9 +140,9 @@ def test_weights_are_compared_by_their_small_arrays(workdir, config):
     first = contents(1.0, 1.0)
     workdir.save_config(config, first)
     refuse_another_run(workdir, config, first)
-    with pytest.raises(UserError, match="config.model='emoji' names something else than when"):
+    with pytest.raises(UserError, match="config.model='emoji' names has changed since it began"):
         refuse_another_run(workdir, config, contents(2.0, 1.0))
-    with pytest.raises(UserError, match="the weights of the reward are something else"):
+    with pytest.raises(UserError, match="the network of the reward has changed since it began"):
         refuse_another_run(workdir, config, contents(1.0, 2.0))
 
 

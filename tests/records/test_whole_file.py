@@ -1,6 +1,6 @@
 import pytest
 
-from alignprop_jax.records.whole_file import whole_file
+from alignprop_jax.loading.whole_file import whole_file
 
 
 @pytest.mark.parametrize("folder", ["{tmp}", "gs://bucket/run"])

@@ -68,19 +68,12 @@ class StableDiffusion:
     zero_empty_prompts: bool = False
 
     def __post_init__(self):
-        halvings = 2 ** (len(self.unet.config.channels) - 1)
-        unit = self.vae.config.downscale * halvings
+        unit = self.vae.config.downscale * 2 ** (len(self.unet.config.channels) - 1)
         for name, size in zip(("height", "width"), self.image_size, strict=True):
             if size % unit:
                 raise UserError(
                     f"sampler.{name} is {size}; images of this model need a multiple of {unit}"
                 )
-        side = self.unet.config.sample_size
-        if 0 in self.image_size and side % halvings:
-            raise UserError(
-                f"the unet's sample_size is {side}; its latents need a multiple of {halvings}: set "
-                f"sampler.height and sampler.width to multiples of {unit}"
-            )
 
     def rematerialized(self) -> "StableDiffusion":
         """The model whose UNet and autoencoder evaluate their blocks again, see `Execution`."""

@@ -93,6 +93,7 @@ def load_stable_diffusion(
     text_encoders = tuple(modules[name] for name in TEXT_ENCODERS if name in modules)
     _check_channels(source, unet.config, vae_config)
     _check_conditioning(source, unet.config, [encoder.config for encoder in text_encoders])
+    _check_size(source, unet.config, image_size)
     sd = StableDiffusion(
         unet,
         modules["vae"],
@@ -132,7 +133,7 @@ def adaptable_shapes(model: str | Path) -> dict[str, ParamTree]:
     modules = {
         name: module(source.config(name, CLIPTextConfig.from_dict))
         for name, module in encoders.items()
-        if name == "text_encoder" or source.has(name)
+        if source.has(name)
     }
     return {name: abstract_params(module) for name, module in {"unet": unet, **modules}.items()}
 
@@ -148,6 +149,16 @@ def _check_channels(source: ModelSource, unet: UNetConfig, vae: VAEConfig) -> No
         raise UserError(
             f"{source}: the unet gives {unet.out_channels} channels for {unet.in_channels}; models "
             "that predict a variance are not supported"
+        )
+
+
+def _check_size(source: ModelSource, unet: UNetConfig, image_size: tuple[int, int]) -> None:
+    """Whether the size of the model's own images goes through all levels, where it is used."""
+    unit = 2 ** (len(unet.channels) - 1)
+    if not all(image_size) and unet.sample_size % unit:
+        raise UserError(
+            f"{source}: the unet's sample_size={unet.sample_size} is no multiple of {unit}, which "
+            "its levels need; give a height and a width"
         )
 
 

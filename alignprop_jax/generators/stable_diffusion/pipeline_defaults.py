@@ -13,7 +13,15 @@ from typing import Any
 
 from alignprop_jax.errors import UserError, note
 from alignprop_jax.generators.stable_diffusion.unet import UNetConfig
-from alignprop_jax.inputs.foreign_json import boolean, either, list_of, optional, read_fields, text
+from alignprop_jax.inputs.foreign_json import (
+    boolean,
+    either,
+    list_of,
+    optional,
+    read_fields,
+    shorten,
+    text,
+)
 from alignprop_jax.nn.clip import CLIPTextConfig
 from alignprop_jax.nn.vae import VAEConfig
 from alignprop_jax.processes.ddim import DDIMScheduler
@@ -33,7 +41,7 @@ _CLASSES = {
     "text_encoder_2": "CLIPTextModelWithProjection",
 }
 # Schedulers whose own default is to clip; those of the others do not know the key, or have it off.
-_CLIPPING = ("DDIMScheduler", "DDPMScheduler")
+_CLIPPING = tuple(f"{name}Scheduler" for name in ("DDIM", "DDPM", "DDIMParallel", "DDPMParallel"))
 # A side of the latents where the UNet's file does not say it.
 _SIDE, _SIDE_OF_XL = 64, 128
 _OLD_VERSION = re.compile(r"0\.[0-8](\.|$)")
@@ -109,8 +117,8 @@ def read_unet(config: Mapping[str, Any], is_xl: bool) -> UNetConfig:
     if isinstance(side, list) and len(side) == 2:
         if side[0] != side[1]:
             raise UserError(
-                f"sample_size={side} is not supported: write one number there, and give the height "
-                "and width of images"
+                f"sample_size={shorten(side)} is not supported: write one number there, and give "
+                "the height and width of images"
             )
         side = side[0]
     if side is None:
