@@ -253,8 +253,9 @@ def model_index(folder: Path) -> Reader:
     def check(value: Mapping[str, bytes], result: Any) -> None:
         assert type(result) is bool, repr(result)
         document = json.loads(value["model_index.json"].decode("utf-8-sig"))
-        said = document.get("force_zeros_for_empty_prompt")
-        same(result, True if said is None else said, "force_zeros_for_empty_prompt")
+        # null is no to diffusers' pipeline; yes is what it takes without the key.
+        said = document.get("force_zeros_for_empty_prompt", True)
+        same(result, said is True, "force_zeros_for_empty_prompt")
 
     draw = files(mutate_json, {"model_index.json": document})
     return contents.reader(draw, read, check)

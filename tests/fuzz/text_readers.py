@@ -131,7 +131,7 @@ def config_file(folder: Path) -> Reader:
 
     # A value that is not allowed is the key's fault, whatever file it stands in.
     return contents.reader(
-        draw, read, lambda _, config: check_config(config), ["config", "truncation."]
+        draw, read, lambda _, config: check_config(config), ["config", "truncation.", "gradient."]
     )
 
 
@@ -344,7 +344,7 @@ def method(folder: Path) -> Reader:
             if key != "reward":
                 assert given == value, f"{key} is {given!r}, not {value!r}"
 
-    culprits = ["method", "config."]
+    culprits = ["method", "config.", "truncation.", "gradient."]
     return Reader(draw, read, "ddpo sampler.eta=1.0", check, lambda text: culprits)
 
 
