@@ -1,7 +1,11 @@
 """What every test runs under: CPU, strict rank promotion, compiled programs kept on disk."""
 
 import os
+import signal
 from pathlib import Path
+
+# A shell has what it starts in the background ignore Ctrl-C, and processes hand that down.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before jax is imported; programs that tests start as processes inherit them.
 os.environ["JAX_PLATFORMS"] = "cpu"

@@ -192,7 +192,8 @@ def test_programs_answer_while_they_import(program):
         if "| numpy" in line.replace("  ", ""):
             break
     process.send_signal(signal.SIGINT)
-    assert finish(process)[1].splitlines()[-1] == "interrupted by SIGINT"
+    # Python may say of another import while the program ends.
+    assert "interrupted by SIGINT\n" in finish(process)[1]
     assert process.returncode == 130
 
 
