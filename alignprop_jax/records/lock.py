@@ -111,9 +111,10 @@ class FileLock:
             if _is_at(file, self._path):
                 break
             os.close(file)  # Its holder has removed it meanwhile.
+        # From here on a signal has it released.
+        self._file = file
         os.ftruncate(file, 0)
         os.write(file, json.dumps(_own_record()).encode())
-        self._file = file
         return None
 
     def release(self) -> None:
