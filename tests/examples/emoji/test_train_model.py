@@ -106,7 +106,7 @@ def test_scaled_latents_have_unit_variance(model):
 @pytest.mark.slow
 def test_aesthetic_reward_finds_clip_and_head(model):
     options = {"aesthetic": {"clip": str(model / "clip")}}
-    reward = make_reward("aesthetic", tokenizer=None, options=options)
+    reward = make_reward("aesthetic", None, options)
     scores = reward.score(reward.params, jnp.ones((2, 64, 64, 3)), reward.prepare(["a", "b"]))
     assert scores.shape == (2,)
     assert_all_finite(scores)
