@@ -95,11 +95,13 @@ class FileLock:
 
     def take(self) -> Record | None:
         while True:
-            file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+            # From here on a signal has it released.
+            self._file = file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
             try:
                 # Not flock, which processes that are forked off would hold on to.
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
+                self._file = None
                 os.close(file)
                 if error.errno in _NO_LOCKS:
                     self._path.unlink(missing_ok=True)
@@ -110,9 +112,8 @@ class FileLock:
                 return self._holder()
             if _is_at(file, self._path):
                 break
+            self._file = None
             os.close(file)  # Its holder has removed it meanwhile.
-        # From here on a signal has it released.
-        self._file = file
         os.ftruncate(file, 0)
         os.write(file, json.dumps(_own_record()).encode())
         return None
@@ -121,10 +122,15 @@ class FileLock:
         if self._instead:
             self._instead.release()
         file, self._file = self._file, None
-        if file is not None:
-            # Before it is open to others.
-            self._path.unlink(missing_ok=True)
-            os.close(file)
+        if file is None:
+            return
+        # Where it is another's after all, because a signal came before that was known, this fails.
+        with contextlib.suppress(OSError):
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(file, self._path):
+                # Before it is open to others.
+                self._path.unlink(missing_ok=True)
+        os.close(file)
 
     def _holder(self) -> Record:
         # Who takes it writes a moment later.
