@@ -24,5 +24,6 @@ def bucket(monkeypatch):
     monkeypatch.setenv("EPATH_USE_TF", "false")
     for name in Bucket.protocol:
         fsspec.register_implementation(name, Bucket, clobber=True)
-    yield Bucket.store
     Bucket.store.clear()
+    Bucket.pseudo_dirs[:] = [""]  # the folders that an earlier test made
+    return Bucket.store
