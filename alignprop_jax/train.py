@@ -17,9 +17,7 @@ from ml_collections import ConfigDict
 from alignprop_jax.algorithms.state import TrainState
 from alignprop_jax.config import define_config_flag, validate
 from alignprop_jax.devices import distributed, sharding
-from alignprop_jax.devices.compilation import (
-    enable_compilation_cache,
-)
+from alignprop_jax.devices.compilation import enable_compilation_cache
 from alignprop_jax.devices.cpu_devices import use_cores
 from alignprop_jax.errors import UserError, note, run_program
 from alignprop_jax.evaluation.evaluator import Evaluator, images_of, make_evaluator, make_judges

@@ -122,10 +122,7 @@ class Chain:
         def body(adapter, state, row):
             return take(adapter, state, row)[0], None
 
-        first = steps_apart(never_trained, self.num_steps)
-        if self.remat in KEEPS_ARGUMENTS_ALONE:
-            first = 0
-        state, _ = self._scan(body, adapter, inputs.start, self._steps(), trained, first)
+        state, _ = self._scan(body, adapter, inputs.start, self._steps(), trained, never_trained)
         return self.generator.finish(params, state)
 
     def sample_until(
@@ -183,12 +180,9 @@ class Chain:
             moved, _ = take(adapter, jax.tree.map(choose, noisy, carried), row)
             return jax.tree.map(choose, carried, moved), moved
 
-        first = steps_apart(never_trained, self.num_steps)
-        if self.remat in KEEPS_ARGUMENTS_ALONE:
-            first = 0
         steps = self._steps().repeating_the_last(copies)
         trained = jnp.append(trained, jnp.ones(copies, bool))
-        state, visited = self._scan(body, adapter, inputs.start, steps, trained, first)
+        state, visited = self._scan(body, adapter, inputs.start, steps, trained, never_trained)
         together = jax.tree.map(lambda x, rows: interleave(x, *rows[-copies:]), state, visited)
         return self.generator.finish(params, together)
 
@@ -243,15 +237,19 @@ class Chain:
         start: PyTree,
         steps: Steps,
         trained: Bool[Array, " t"] | None = None,
-        first: int = 0,
+        never_trained: int = 0,
     ) -> tuple[PyTree, PyTree]:
-        """Scans `body(adapter, state, row)`, the `first` rows without keeping anything of them."""
+        """Scans `body(adapter, state, row)`.
+
+        Steps that no draw trains have a loop of their own, which keeps nothing, where that pays.
+        """
         number = len(steps.timesteps)
         if trained is None:
             trained = jnp.zeros(number, bool)
         rows = _Row(jnp.arange(number), trained, jax.tree.map(jnp.asarray, steps))
         state = start
-        if first:
+        first = steps_apart(never_trained, self.num_steps)
+        if first and self.remat not in KEEPS_ARGUMENTS_ALONE:
             before = jax.tree.map(lambda x: x[:first], rows)
             rows = jax.tree.map(lambda x: x[first:], rows)
             constant = jax.lax.stop_gradient(adapter)

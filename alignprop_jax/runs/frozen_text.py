@@ -24,8 +24,7 @@ def load_frozen_text(config: ConfigDict, workdir: Workdir) -> LoraTree:
     if not config.lora.init:
         return {}
     kept = workdir.text_lora
-    steps = workdir.checkpoints.iterdir() if workdir.checkpoints.exists() else ()
-    resumed = from_main(any(path.name.isdigit() for path in steps))
+    resumed = from_main(workdir.has_run())
     if resumed and not from_main(kept.exists()):
         return {}
     # An absent one is reported where the UNet's factors are read.

@@ -8,6 +8,7 @@ from alignprop_jax.algorithms.base import Algorithm
 from alignprop_jax.algorithms.ddpo import DDPO
 from alignprop_jax.algorithms.losses import make_loss
 from alignprop_jax.algorithms.optimizer import make_optimizer
+from alignprop_jax.algorithms.presets import WITHOUT_REWARD_GRADIENT
 from alignprop_jax.algorithms.rwr import RWR
 from alignprop_jax.config import gradient_path
 from alignprop_jax.lora.adapters import Adaptation, AllWeights, Lora
@@ -29,7 +30,7 @@ def at_a_time(config: ConfigDict) -> tuple[int, int]:
     It is asked before the config is validated: devices have to be counted first.
     """
     samples = config.train.microbatch_size or config.train.batch_size
-    if config.algorithm in ("ddpo", "rwr"):
+    if config.algorithm in WITHOUT_REWARD_GRADIENT:
         samples //= max(1, config.rollouts.minibatches)
     return samples, config.mesh.fsdp
 

@@ -1,7 +1,6 @@
 """Times this package: python -m alignprop_jax.timing.own WORK; prints a line of JSON."""
 
 import json
-import resource
 import tempfile
 import time
 from pathlib import Path
@@ -17,7 +16,7 @@ from alignprop_jax.runs.experiment import TRAIN, load_experiment
 from alignprop_jax.runs.settings import at_a_time
 from alignprop_jax.runs.train_step import compile_train_step, create_state
 from alignprop_jax.timing import redness
-from alignprop_jax.timing.work import PROMPTS, Work, parse_work
+from alignprop_jax.timing.work import PROMPTS, Work, parse_work, time_repeats
 
 
 def config_of(work: Work, prompts: Path) -> ConfigDict:
@@ -64,15 +63,7 @@ def time_work(work: Work) -> dict[str, float | list[float]]:
             state, metrics = step(state)
             jax.block_until_ready(metrics)
 
-    repeat()
-    seconds_before = time.perf_counter() - began
-    seconds = []
-    for _ in range(work.repeats):
-        start = time.perf_counter()
-        repeat()
-        seconds.append(time.perf_counter() - start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    return {"seconds": seconds, "seconds_before": seconds_before, "peak_rss_gb": peak}
+    return time_repeats(work, repeat, began)
 
 
 if __name__ == "__main__":

@@ -6,13 +6,12 @@ Prints a line of JSON, as `own` does.
 
 import itertools
 import json
-import resource
 import tempfile
 import time
 
 import accelerate
 import torch
-from work import PROMPTS, Work, parse_work
+from work import PROMPTS, Work, parse_work, time_repeats
 
 accelerate.PartialState(cpu=True)
 
@@ -65,15 +64,7 @@ def main() -> None:
     torch.manual_seed(0)
     began = time.perf_counter()
     repeat = make_sample(work) if work.start is None else make_update(work)
-    repeat()
-    seconds_before = time.perf_counter() - began
-    seconds = []
-    for _ in range(work.repeats):
-        start = time.perf_counter()
-        repeat()
-        seconds.append(time.perf_counter() - start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    print(json.dumps({"seconds": seconds, "seconds_before": seconds_before, "peak_rss_gb": peak}))
+    print(json.dumps(time_repeats(work, repeat, began)))
 
 
 if __name__ == "__main__":

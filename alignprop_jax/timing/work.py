@@ -3,6 +3,9 @@
 import argparse
 import dataclasses
 import json
+import resource
+import time
+from collections.abc import Callable
 
 PROMPTS = ("cat", "dog", "horse", "monkey", "rabbit", "zebra", "spider", "bird")
 
@@ -41,6 +44,27 @@ class Work:
     def arguments(self) -> list[str]:
         """For a process that does it, as `parse_work` reads them."""
         return [json.dumps(dataclasses.asdict(self))]
+
+
+def time_repeats(work: Work, repeat: Callable[[], object], began: float) -> dict:
+    """Does the work once untimed and then `work.repeats` times.
+
+    Args:
+        repeat: does it once, and returns when it is done.
+        began: when the process began to prepare, by `time.perf_counter`.
+
+    Returns:
+        The "seconds" of each time, "seconds_before" the first, and the process's "peak_rss_gb".
+    """
+    repeat()
+    seconds_before = time.perf_counter() - began
+    seconds = []
+    for _ in range(work.repeats):
+        start = time.perf_counter()
+        repeat()
+        seconds.append(time.perf_counter() - start)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return {"seconds": seconds, "seconds_before": seconds_before, "peak_rss_gb": peak}
 
 
 def parse_work() -> Work:
